@@ -1,0 +1,213 @@
+"""The nouns: frozen records that flow from the socket to the sinks."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+NOT_MEASURED = 255
+"""Class id of a pixel that was not measured (dead, hot, gap, beam stop, saturated); priors hold at most 255 classes."""
+
+
+class Flag(enum.IntFlag):
+    """What is unusual about a frame; stored with every result, never a reason to stop a run."""
+
+    EMPTY = 1  # no photon on any valid pixel: chi2 is undefined, the object stays the start
+    NONFINITE = 2  # NaN or infinity in the frame: those pixels were treated as not measured
+    SATURATED = 4  # pixels at the dtype's maximum (or the detector's saturation value) that the static mask does not hold
+    NO_SUPPORT = 8  # the support is empty: nothing to reconstruct, the object is zero
+    NOT_REFINED = 16  # refinement was skipped on purpose (settings or overload); the mask is complete
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """What a series' start message says about the detector; None where it does not say.
+
+    shape is (rows, columns); mask is True where a pixel is unusable; flat multiplies counts.
+    """
+
+    shape: tuple[int, int] | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+    flat: npt.NDArray[np.float32] | None = None
+    saturation: float | None = None  # counts
+    beam_centre: tuple[float, float] | None = None  # (row, column), pixels
+    pixel_m: float | None = None
+    distance_m: float | None = None
+    energy_ev: float | None = None
+    frame_time_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesStart:
+    """A start message as decoded: a hint that a run begins."""
+
+    source: str
+    series: str
+    expected: int | None
+    detector: Detector
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesEnd:
+    """An end message as decoded: a hint that a run is over."""
+
+    source: str
+    series: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One image. Its identity is (source, series, index), never its order of arrival.
+
+    counts : (rows, columns) unsigned integer or float32, photons as the detector gave them.
+    detector_time, received : Unix seconds; the first from the detector's own clock, None where it gives none.
+    position : (x, y) of the probe on the sample in metres, sample frame.
+    origin : index in the recorded file when the frame is replayed.
+    """
+
+    source: str
+    series: str
+    index: int
+    counts: npt.NDArray[Any]
+    received: float
+    detector_time: float | None = None
+    position: tuple[float, float] | None = None
+    origin: int | None = None
+    run: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.counts.nbytes) + 200
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """A run is open: made from a SeriesStart, or from the first frame where that message never came."""
+
+    uid: str
+    source: str
+    series: str
+    opened: float  # Unix seconds
+    expected: int | None
+    detector: Detector
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    nbytes: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """A run is over; `reason` is one of end, new_series, idle, shutdown."""
+
+    uid: str
+    reason: str
+    closed: float  # Unix seconds
+    nbytes: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Photons:
+    """Prepared frames: cropped around the beam centre, masked, dark and flat corrected, binned.
+
+    counts : (B, H, W) float32, photons. Pixels that were not measured hold their nearest measured neighbour, so that
+        stencils meet no cliff; `valid` says which they are.
+    valid : (H, W) bool; (B, H, W) where a frame of the batch has bad pixels of its own.
+    flags : (B,) uint32 of `Flag`.
+    """
+
+    counts: npt.NDArray[np.float32]
+    valid: npt.NDArray[np.bool_]
+    flags: npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """ids : (B, H, W) uint8, NOT_MEASURED on invalid pixels; distance : (B,) float32, mean distance of a pixel from its centroid, in PCA units."""
+
+    ids: npt.NDArray[np.uint8]
+    distance: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where refinement begins: psi (B, k, H, W) complex64, support (B, k, H, W) bool, unit (B, k) int32 (-1: flat in the prior's support), distance (B, k) float32."""
+
+    psi: npt.NDArray[np.complex64]
+    support: npt.NDArray[np.bool_]
+    unit: npt.NDArray[np.int32]
+    distance: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """Refined objects: psi complex64 and support bool (B, H, W) or (B, D, H, W); chi2 (B,) of the returned psi; history (B, iterations), chi2 after each
+    iteration; floor, r_factor, free_llk (B,); flags (B,) uint32 of `Flag`. Numbers are NaN where they are undefined."""
+
+    psi: npt.NDArray[np.complex64]
+    support: npt.NDArray[np.bool_]
+    chi2: npt.NDArray[np.float32]
+    history: npt.NDArray[np.float32]
+    floor: npt.NDArray[np.float32]
+    r_factor: npt.NDArray[np.float32]
+    free_llk: npt.NDArray[np.float32]
+    flags: npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Frames of one run on their way through the stages; each stage returns a copy with its own part filled in.
+
+    clock holds (stage, Unix seconds when it was done) in order of execution.
+    """
+
+    run: RunStarted
+    frames: tuple[Frame, ...]
+    photons: Photons | None = None
+    classes: Classes | None = None
+    start: Start | None = None
+    reconstruction: Reconstruction | None = None
+    clock: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one frame: the unit that sinks write.
+
+    classes : (H, W) uint8. object : (h, w) complex64, cropped to the prior's object box.
+    counts : (H, W) float32, the prepared frame (for the live page; the archive does not keep it).
+    unit, distance, arm : start that was kept, its distance to the frame's descriptor, its name.
+    iou : class name -> IoU against the prior's reference mask. iou_previous : the same against the frame before.
+    drift : signal name -> value (flux, centre_row, centre_column, ...), filled by the drift stage.
+    """
+
+    run: str
+    index: int
+    classes: npt.NDArray[np.uint8]
+    object: npt.NDArray[np.complex64]
+    counts: npt.NDArray[np.float32]
+    received: float
+    detector_time: float | None
+    position: tuple[float, float] | None
+    origin: int | None
+    class_distance: float
+    chi2: float
+    chi2_floor: float
+    r_factor: float
+    free_llk: float
+    unit: int
+    distance: float
+    arm: str
+    flags: int
+    clock: tuple[tuple[str, float], ...] = ()
+    iou: Mapping[str, float] = field(default_factory=dict)
+    iou_previous: Mapping[str, float] = field(default_factory=dict)
+    drift: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.classes.nbytes + self.object.nbytes + self.counts.nbytes) + 1000

@@ -1,0 +1,76 @@
+"""The Protocols: what a source, a stage, a recipe and a sink must offer to stand in the path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from streamprior.records import Batch, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
+from streamprior.records import Frame as Frame
+
+Decoded = SeriesStart | Frame | SeriesEnd
+PathItem = RunStarted | Result | RunEnded
+
+
+class Source(Protocol):
+    """Where raw messages come from. It owns a socket (or a file) and never decodes."""
+
+    name: str
+
+    def open(self) -> None:
+        """Bind or connect. Raises ConfigError where the operator must act (port taken, no such file)."""
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        """The next raw message, or None when none came within `timeout_s`."""
+
+    def close(self) -> None:
+        """Leave the socket; what was not received stays with the sender."""
+
+
+class Decoder(Protocol):
+    """Raw message -> records. Raises WireError for what the sender got wrong, and nothing else."""
+
+    def decode(self, message: bytes, received: float) -> Decoded: ...
+
+
+class Stage(Protocol):
+    """One step of thinking: reads what earlier stages left in the batch and returns a copy with its part filled in."""
+
+    name: str
+
+    def __call__(self, batch: Batch) -> Batch: ...
+
+
+class Watch(Protocol):
+    """A stage that must see results in order, one by one (drift): it runs after the sequencer."""
+
+    name: str
+
+    def begin(self, run: RunStarted) -> None: ...
+
+    def __call__(self, result: Result) -> Result: ...
+
+
+class Sink(Protocol):
+    """Where results leave. A sink thread calls these in order: open, then for each run begin, write..., end; at last close.
+
+    `complete` sinks account for every frame and must have it safe when `write` returns; others show the newest only.
+    Every call may raise SinkUnavailable and is then repeated, so a write of the same index twice must be harmless.
+    """
+
+    name: str
+    complete: bool
+
+    def open(self) -> None: ...
+
+    def begin(self, run: RunStarted) -> None: ...
+
+    def write(self, results: Sequence[Result]) -> None: ...
+
+    def end(self, run: RunEnded) -> None: ...
+
+    def close(self) -> None: ...
+
+
+StageFactory = Callable[[], Sequence[Stage]]
+"""Makes a fresh set of composed stages: one set a worker, because stages own buffers and FFT plans."""

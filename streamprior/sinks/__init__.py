@@ -1,0 +1,1 @@
+"""What leaves: archive, live arrays, metrics."""

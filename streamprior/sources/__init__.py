@@ -1,0 +1,1 @@
+"""What enters: sockets and files that hand over raw messages."""

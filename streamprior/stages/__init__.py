@@ -1,0 +1,1 @@
+"""What thinks: each file turns the batch one step further."""

@@ -1,0 +1,1 @@
+"""Offline: growing a prior; the daemon never imports it."""
