@@ -23,5 +23,7 @@ def kernel(function: F) -> F:
 
 def inlined(function: F) -> F:
     """A piece of a kernel, compiled into its callers."""
-    compiled: F = numba.njit(nogil=True, error_model="numpy", inline="always", fastmath={"contract", "reassoc", "nsz", "arcp", "afn"})(function)
+    compiled: F = numba.njit(nogil=True, error_model="numpy", inline="always", fastmath={"contract", "reassoc", "nsz", "arcp", "afn"})(
+        function
+    )
     return compiled

@@ -169,7 +169,9 @@ def load_prior(path: str | os.PathLike[str]) -> Prior:
         raise PriorError(f"prior {path}: cannot be read ({error}); copy it again or grow a new one with `streamprior train`") from None
     frozen = freeze(prior)
     if frozen.content_hash != stored:
-        raise PriorError(f"prior {path}: its content does not match its hash (stored {stored[:12]}, found {frozen.content_hash[:12]}); grow it again")
+        raise PriorError(
+            f"prior {path}: its content does not match its hash (stored {stored[:12]}, found {frozen.content_hash[:12]}); grow it again"
+        )
     return frozen
 
 
@@ -178,7 +180,9 @@ def _read(file: h5py.File, path: str | os.PathLike[str]) -> Prior:
         raise PriorError(f"prior {path}: an HDF5 file, but not a prior; name the file that `streamprior train -o` wrote")
     version = int(file.attrs["format_version"])
     if version != FORMAT_VERSION:
-        raise PriorError(f"prior {path}: format version {version}, this streamprior reads {FORMAT_VERSION}; grow it again with `streamprior train`")
+        raise PriorError(
+            f"prior {path}: format version {version}, this streamprior reads {FORMAT_VERSION}; grow it again with `streamprior train`"
+        )
 
     def pair(name: str) -> tuple[int, int]:
         first, second = (int(value) for value in file.attrs[f"geometry_{name}"])

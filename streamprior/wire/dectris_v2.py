@@ -1,0 +1,310 @@
+"""DECTRIS stream V2 messages (one CBOR map each) <-> SeriesStart, Frame, SeriesEnd.
+
+Facts: tag 55799 around a map whose `type` is start, image or end; pixels are tag 40 [[rows, columns], typed array], the typed
+array's tag (RFC 8746) names the dtype, and its bytes are plain or tag 56500 [algorithm, element size, bytes]. There is no hash
+of the pixels, so length, dtype and shape are all that can be checked.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import cbor2
+import numpy as np
+import numpy.typing as npt
+
+from streamprior.errors import WireError
+from streamprior.records import Detector, Frame, SeriesEnd, SeriesStart
+from streamprior.wire.compression import compress, decompress
+
+_SELF_DESCRIBED = 55799
+_MULTI_DIMENSIONAL = 40
+_COMPRESSED = 56500
+
+# RFC 8746: tag of a little-endian typed array -> dtype.
+DTYPES = {
+    64: np.dtype("u1"),
+    69: np.dtype("<u2"),
+    70: np.dtype("<u4"),
+    71: np.dtype("<u8"),
+    72: np.dtype("i1"),
+    77: np.dtype("<i2"),
+    78: np.dtype("<i4"),
+    85: np.dtype("<f4"),
+    86: np.dtype("<f8"),
+}
+_TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+
+# What a hostile CBOR item can make the parser raise; none of it is our fault.
+_PARSER_ERRORS = (cbor2.CBORDecodeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
+
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""An EIGER2 16M image of three uncompressed 32-bit channels has 217 MB; nothing larger is decoded."""
+
+MAX_INDEX = 10_000_000
+"""Frames of one run that the ledger keeps apart; an index beyond it is taken for garbage rather than for memory to allocate."""
+
+
+class StreamV2Decoder:
+    """Message bytes -> records. Owns what the current series' start message said, to check its images against it.
+
+    Parameters
+    ----------
+    source : str
+        Name of the source, part of every frame's identity.
+    channel : str
+        Threshold channel that is read; "difference" channels wrap around zero and are of no use as photons.
+    max_message_bytes : int
+        A larger message is refused before it is decoded.
+    """
+
+    def __init__(self, source: str, channel: str = "threshold_1", max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self._source = source
+        self._channel = channel
+        self._max_message_bytes = max_message_bytes
+        self._series = ""
+        self._like: tuple[tuple[int, ...], np.dtype[Any]] | None = None  # shape and dtype of the series' first image
+
+    def decode(self, message: bytes, received: float) -> SeriesStart | Frame | SeriesEnd:
+        """One message; `received` in Unix seconds. Raises WireError and nothing else."""
+        if len(message) > self._max_message_bytes:
+            raise WireError("too_large", f"{len(message)} bytes, the limit is {self._max_message_bytes}")
+        try:
+            item = cbor2.loads(message)
+        except _PARSER_ERRORS as error:
+            raise WireError("not_cbor", f"{len(message)} bytes that are no CBOR item: {error}") from None
+        if not isinstance(item, Mapping) or item.get("type") not in ("start", "image", "end"):
+            raise WireError("not_stream_v2", "no map with a type of start, image or end")
+        if item["type"] == "start":
+            return self._start(item)
+        if item["type"] == "end":
+            return SeriesEnd(self._source, _series(item))
+        try:
+            return self._image(item, received)
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+            if isinstance(error, WireError):
+                raise
+            raise WireError("wrong_type", f"image message: {error}") from None
+
+    def _start(self, item: Mapping[str, Any]) -> SeriesStart:
+        series = _series(item)
+        self._series, self._like = series, None
+        expected = item.get("number_of_images")
+        if expected is not None and not _is_count(expected):
+            raise WireError("wrong_type", f"number_of_images is {expected!r}")
+        user_data = item.get("user_data")
+        metadata = {
+            "series_id": item.get("series_id"),
+            "detector_description": str(item.get("detector_description", "")),
+            "user_data": _plain(user_data) if isinstance(user_data, Mapping) else {},
+        }
+        return SeriesStart(self._source, series, expected, self._detector(item), metadata)
+
+    def _detector(self, item: Mapping[str, Any]) -> Detector:
+        def number(key: str) -> float | None:
+            value = item.get(key)
+            return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+        rows, columns = item.get("image_size_y"), item.get("image_size_x")
+        centre = number("beam_center_y"), number("beam_center_x")
+        translation = item.get("detector_translation")
+        mask = self._plane(item.get("pixel_mask"))
+        flat = self._plane(item.get("flatfield"))
+        return Detector(
+            shape=(rows, columns) if _is_count(rows) and _is_count(columns) else None,
+            mask=mask != 0 if mask is not None else None,
+            flat=flat.astype(np.float32) if flat is not None else None,
+            saturation=number("saturation_value"),
+            beam_centre=(centre[0], centre[1]) if centre[0] is not None and centre[1] is not None else None,
+            pixel_m=number("pixel_size_x"),
+            distance_m=_distance(translation),
+            energy_ev=number("incident_energy"),
+            frame_time_s=number("frame_time"),
+        )
+
+    def _plane(self, planes: Any) -> npt.NDArray[Any] | None:
+        """A mask or flat field of our channel; recorded start messages carry 4-byte stubs instead, which say nothing."""
+        plane = planes.get(self._channel) if isinstance(planes, Mapping) else None
+        return None if plane is None or isinstance(plane, bytes) else _array(plane)
+
+    def _image(self, item: Mapping[str, Any], received: float) -> Frame:
+        series = _series(item)
+        index = item.get("image_id")
+        if not _is_count(index) or index >= MAX_INDEX:
+            raise WireError("bad_index", f"image_id is {index!r}; expected an integer from 0 to {MAX_INDEX - 1}")
+        channels = item.get("data")
+        if not isinstance(channels, Mapping) or self._channel not in channels:
+            raise WireError(
+                "no_channel",
+                f"no channel {self._channel!r} among {sorted(map(str, channels)) if isinstance(channels, Mapping) else channels!r}",
+            )
+        counts = _array(channels[self._channel])
+        self._check_like(series, counts)
+        user_data = item.get("user_data")
+        position, origin = _of_frame(user_data) if isinstance(user_data, Mapping) else (None, None)
+        return Frame(self._source, series, index, counts, received, _detector_time(item), position, origin)
+
+    def _check_like(self, series: str, counts: npt.NDArray[Any]) -> None:
+        """Shape and dtype may not change within a series: the first image says what they are."""
+        if series != self._series or self._like is None:
+            self._series, self._like = series, (counts.shape, counts.dtype)
+        shape, dtype = self._like
+        if counts.shape != shape:
+            raise WireError("wrong_shape", f"image of {counts.shape} in a series of {shape}")
+        if counts.dtype != dtype:
+            raise WireError("wrong_dtype", f"image of {counts.dtype} in a series of {dtype}")
+
+
+def encode_start(
+    series: int,
+    unique_id: str,
+    detector: Detector,
+    expected: int,
+    dtype: np.dtype[Any],
+    metadata: Mapping[str, Any],
+    channel: str = "threshold_1",
+) -> bytes:
+    """A start message for the detector; `metadata` travels as user_data."""
+    item: dict[str, Any] = {
+        "type": "start",
+        "series_id": series,
+        "series_unique_id": unique_id,
+        "number_of_images": expected,
+        "channels": [channel],
+        "image_dtype": np.dtype(dtype).name,
+        "user_data": dict(metadata),
+    }
+    if detector.shape is not None:
+        item |= {"image_size_y": detector.shape[0], "image_size_x": detector.shape[1]}
+    if detector.beam_centre is not None:
+        item |= {"beam_center_y": float(detector.beam_centre[0]), "beam_center_x": float(detector.beam_centre[1])}
+    if detector.distance_m is not None:
+        item["detector_translation"] = [0.0, 0.0, -float(detector.distance_m)]
+    numbers = {
+        "saturation_value": detector.saturation,
+        "pixel_size_x": detector.pixel_m,
+        "pixel_size_y": detector.pixel_m,
+        "incident_energy": detector.energy_ev,
+        "frame_time": detector.frame_time_s,
+        "count_time": detector.frame_time_s,
+    }
+    item |= {key: float(value) for key, value in numbers.items() if value is not None}
+    if detector.mask is not None:
+        item["pixel_mask"] = {channel: _typed(detector.mask.astype(np.uint32), "bslz4")}
+    if detector.flat is not None:
+        item["flatfield"] = {channel: _typed(detector.flat.astype(np.float32), "bslz4")}
+    return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, item))
+
+
+def encode_image(
+    series: int,
+    unique_id: str,
+    index: int,
+    counts: npt.NDArray[Any],
+    start_time_s: float,
+    series_date: datetime.datetime,
+    exposure_s: float = 0.0,
+    user_data: Mapping[str, Any] | None = None,
+    compression: str | None = "bslz4",
+    channel: str = "threshold_1",
+) -> bytes:
+    """An image message; start_time_s counts from series_date (timezone-aware). compression is "bslz4", "lz4" or None."""
+    clock = 50_000_000  # ticks per second, as the recorded detectors have it
+    start, stop = round(start_time_s * clock), round((start_time_s + exposure_s) * clock)
+    item = {
+        "type": "image",
+        "series_id": series,
+        "series_unique_id": unique_id,
+        "image_id": index,
+        "real_time": [stop - start, clock],
+        "series_date": series_date,
+        "start_time": [start, clock],
+        "stop_time": [stop, clock],
+        "user_data": dict(user_data or {}),
+        "data": {channel: _typed(counts, compression)},
+    }
+    return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, item))
+
+
+def encode_end(series: int, unique_id: str) -> bytes:
+    """The end message of a series."""
+    return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, {"type": "end", "series_id": series, "series_unique_id": unique_id}))
+
+
+def _typed(array: npt.NDArray[Any], compression: str | None) -> cbor2.CBORTag:
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    if little.dtype not in _TAGS:
+        raise ValueError(f"pixels of type {array.dtype} have no place in stream V2; use one of {sorted(dtype.name for dtype in _TAGS)}")
+    payload: Any = little.tobytes()
+    if compression is not None:
+        payload = cbor2.CBORTag(_COMPRESSED, [compression, little.itemsize if compression == "bslz4" else 0, compress(compression, little)])
+    return cbor2.CBORTag(_MULTI_DIMENSIONAL, [list(array.shape), cbor2.CBORTag(_TAGS[little.dtype], payload)])
+
+
+def _array(item: Any) -> npt.NDArray[Any]:
+    """Tag 40 [[rows, columns], typed array] -> array."""
+    if not isinstance(item, cbor2.CBORTag) or item.tag != _MULTI_DIMENSIONAL:
+        raise WireError("wrong_type", "the pixels are no multi-dimensional array (tag 40)")
+    (rows, columns), typed = item.value
+    if not (_is_count(rows) and _is_count(columns) and 0 < rows * columns <= MAX_MESSAGE_BYTES):
+        raise WireError("wrong_shape", f"an image of {rows!r} x {columns!r}")
+    dtype = DTYPES.get(typed.tag) if isinstance(typed, cbor2.CBORTag) else None
+    if dtype is None:
+        raise WireError("wrong_dtype", f"typed array tag {getattr(typed, 'tag', None)!r} is none of {sorted(DTYPES)}")
+    payload = typed.value
+    if isinstance(payload, cbor2.CBORTag) and payload.tag == _COMPRESSED:
+        algorithm, _, blob = payload.value
+        if not isinstance(blob, bytes):
+            raise WireError("bad_compression", "the compressed pixels are no byte string")
+        return decompress(str(algorithm), blob, dtype, (rows, columns))
+    if not isinstance(payload, bytes) or len(payload) != rows * columns * dtype.itemsize:
+        raise WireError("wrong_shape", f"{len(payload) if isinstance(payload, bytes) else 0} bytes for {rows} x {columns} of {dtype}")
+    return np.frombuffer(payload, dtype).reshape(rows, columns)
+
+
+def _series(item: Mapping[str, Any]) -> str:
+    """series_unique_id where the firmware gives one: series_id starts again at 1 when the detector restarts."""
+    series = item.get("series_unique_id") or item.get("series_id")
+    if not isinstance(series, str | int) or isinstance(series, bool) or len(str(series)) > 200:
+        raise WireError("missing_key", "neither series_unique_id nor series_id")
+    return str(series)
+
+
+def _detector_time(item: Mapping[str, Any]) -> float | None:
+    date, start = item.get("series_date"), item.get("start_time")
+    if not isinstance(date, datetime.datetime) or not isinstance(start, list | tuple):
+        return None
+    numerator, denominator = start
+    return date.timestamp() + float(numerator) / float(denominator)
+
+
+def _distance(translation: Any) -> float | None:
+    """The detector's distance in metres is the z of its translation; its sign depends on the handedness of the firmware's axes."""
+    if isinstance(translation, list | tuple) and len(translation) == 3 and isinstance(translation[2], int | float):
+        return abs(float(translation[2]))
+    return None
+
+
+def _of_frame(user_data: Mapping[str, Any]) -> tuple[tuple[float, float] | None, int | None]:
+    """What our own senders put into an image's user_data: position_m [x, y] in metres and origin, the index in a recorded file."""
+    position, origin = user_data.get("position_m"), user_data.get("origin")
+    place = None
+    if isinstance(position, list | tuple) and len(position) == 2:
+        place = float(position[0]), float(position[1])
+    return place, origin if _is_count(origin) else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _plain(value: Any) -> Any:
+    """CBOR containers (frozendict, tuple) as the JSON types that run metadata are made of; anything else becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
