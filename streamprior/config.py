@@ -1,9 +1,23 @@
-"""Every setting, written once: unit, default, reason. YAML and environment; unknown keys are errors."""
+"""Every setting, written once: unit, default, reason. YAML and environment -> frozen models; unknown keys are errors."""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import os
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from streamprior.errors import ConfigError
+
+_PREFIX = "STREAMPRIOR_"
+_NOT_SETTINGS = {"STREAMPRIOR_STATE", "STREAMPRIOR_DATA"}
 
 
 def state_folder() -> Path:
@@ -12,3 +26,320 @@ def state_folder() -> Path:
     folder = Path(named) if named else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "streamprior"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+class _Room(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceSettings(_Room):
+    """Where frames come from."""
+
+    kind: Literal["dectris_v2", "file"] = "dectris_v2"
+    """dectris_v2: DECTRIS stream V2 over ZMQ. file: a recorded run, read as fast as it can be processed; the daemon ends with it."""
+    name: str = "detector"
+    """Part of every frame's identity and a label of the metrics."""
+    address: str = "tcp://127.0.0.1:31001"
+    """ZMQ address; 31001 is the port of DECTRIS stream V2. Loopback unless told otherwise."""
+    attach: Literal["bind", "connect"] = "bind"
+    """bind: senders connect to us (twin, replay). connect: we connect to a detector's PUSH socket (EIGER2)."""
+    channel: str = "threshold_1"
+    """Threshold channel that is read. "difference" channels wrap around zero and are no photons."""
+    path: Path | None = None
+    """The recorded run of a file source: CXI, NeXus/HDF5 (FILE::/path/in/file picks a dataset), .npy or a folder of TIFFs."""
+    frames: str = ":"
+    """Python slice of a file source's frames, for example 1::2."""
+    max_message_mb: Annotated[int, Field(gt=0, le=4096)] = 256
+    """MiB. A larger message is quarantined before it is decoded; an EIGER2 16M image of three uncompressed channels has 217."""
+    high_water_mark: Annotated[int, Field(gt=0)] = 256
+    """Messages that ZMQ itself may hold; small, because the receive queue is counted in bytes and ZMQ's is not."""
+
+
+class PrepareSettings(_Room):
+    """Corrections of the raw frame; each file is .npy or FILE::/dataset in HDF5, of the detector's shape."""
+
+    mask: Path | None = None
+    """True (or non-zero) where a pixel is unusable; joined with the mask of the start message."""
+    flat: Path | None = None
+    """Factor a pixel; wins over the start message's flat field."""
+    dark: Path | None = None
+    """Counts a pixel, subtracted first."""
+    saturation: Annotated[float, Field(gt=0)] | None = None
+    """Counts from which a pixel holds no data; the start message's saturation_value where this is empty."""
+
+
+class RefineSettings(_Room):
+    """Phase retrieval: a fixed number of steps, known before the run."""
+
+    enabled: bool = True
+    """false: masks and drift only."""
+    iterations: Annotated[int, Field(gt=0)] = 50
+    """Error-reduction iterations, where no schedule is given. 50 is what the field's comparisons use."""
+    schedule: str | None = None
+    """The field's notation, for example "10*ER+SW(2.0)+25*HIO+5*ER"; wins over iterations."""
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Proximal weight that ties each iteration to the start; 0: none. Ptychography needs 0.05-0.3."""
+    free_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pixels held out for the free log-likelihood; 0: none, and the number is NaN."""
+
+
+class DriftSettings(_Room):
+    """When a signal counts as drifted."""
+
+    limit: Annotated[float, Field(gt=0)] = 5.0
+    """Standard deviations of the prior's baseline. 5 sigma found a 1 %/frame flux loss at once and stayed quiet otherwise."""
+    patience: Annotated[int, Field(gt=0)] = 3
+    """Frames in a row beyond the limit before the alarm is raised."""
+
+
+class ComputeSettings(_Room):
+    """The crew that runs the stages."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Threads; 0: one a core. One FFT runs on one thread, frames run beside each other."""
+    batch_frames: Annotated[int, Field(gt=0, le=256)] = 16
+    """Most frames a worker takes at once. It takes what is there: idle, that is one, and costs no latency."""
+
+
+class QueueSettings(_Room):
+    """Bounds of the path, MiB."""
+
+    receive_mb: Annotated[int, Field(gt=0)] = 256
+    """Raw messages that wait to be decoded: 2 s of 1,000 frames/s of 128 x 128 uint16 would need 64."""
+    receive_policy: Literal["block", "drop_oldest", "drop_newest"] = "block"
+    """block: the pressure reaches the sender. The others drop messages, and count them."""
+    compute_mb: Annotated[int, Field(gt=0)] = 64
+    """Decoded frames that wait for a worker, and as much again for results that wait for an earlier one."""
+    outbox_mb: Annotated[int, Field(gt=0)] = 256
+    """Results that wait for the archive: what a disk may hesitate before the path slows down."""
+
+
+class RunSettings(_Room):
+    """When a run is over, whatever the wire lost."""
+
+    late_s: Annotated[float, Field(gt=0)] = 1.0
+    """Seconds that frames may still come after the end message (or after the last expected frame, when no end comes)."""
+    idle_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a message after which a run is closed."""
+    drain_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that SIGTERM gives the path to empty itself. A second signal leaves at once."""
+
+
+class ArchiveSettings(_Room):
+    """The complete output, on disk."""
+
+    folder: Path = Path("archive")
+    """One folder a run is made here."""
+    chunk_frames: Annotated[int, Field(gt=0, le=4096)] = 64
+    """Frames in one chunk file. Chunks are written whole, so a kill leaves whole chunks."""
+
+
+class TiledSettings(_Room):
+    """Where the archive is made known."""
+
+    uri: str | None = None
+    """Address of the Tiled server; empty: the archive stays on disk alone."""
+    api_key_file: Path | None = None
+    """File that holds the API key; $TILED_API_KEY where this is empty. Keys never stand in the configuration itself."""
+    parent: str = "streamprior"
+    """Container in Tiled under which runs appear."""
+    live_hz: Annotated[float, Field(gt=0, le=10)] = 5.0
+    """Updates a second of the arrays under `latest`; at most 10."""
+
+
+class HttpSettings(_Room):
+    """Metrics, health, ledger and the live page, on one port."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told otherwise."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 9870
+    """0: any free port, which the log names."""
+
+
+class LogSettings(_Room):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is written."""
+    format: Literal["console", "json"] = "console"
+    """json: a line each, for a log collector."""
+
+
+class Config(BaseSettings):
+    """The daemon's settings. Environment wins over file: STREAMPRIOR_TILED__URI sets tiled.uri."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=_PREFIX, env_nested_delimiter="__", use_attribute_docstrings=True
+    )
+
+    prior: Path
+    """The frozen prior that `streamprior train` wrote."""
+    recipe: Literal["bragg"] = "bragg"
+    """Which stages run: bragg is prepare, classify, match, refine, drift."""
+    source: SourceSettings = SourceSettings()
+    prepare: PrepareSettings = PrepareSettings()
+    refine: RefineSettings = RefineSettings()
+    drift: DriftSettings = DriftSettings()
+    compute: ComputeSettings = ComputeSettings()
+    queues: QueueSettings = QueueSettings()
+    runs: RunSettings = RunSettings()
+    archive: ArchiveSettings = ArchiveSettings()
+    tiled: TiledSettings = TiledSettings()
+    http: HttpSettings = HttpSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of every setting that can change a result or its place; the same for file and environment."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read the YAML file, let the environment win, check every key and value.
+
+    Relative paths in the file are relative to the file.
+
+    Raises
+    ------
+    ConfigError
+        Names the file (or environment variable), the key, what is wrong, and the nearest valid key for an unknown one.
+    """
+    file = Path(path)
+    try:
+        given = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; `streamprior check --example` prints a configuration to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{file}: the top level must be a mapping of settings, found {type(given).__name__}")
+    return make_config(given, str(file), relative_to=file.parent)
+
+
+def make_config(given: Mapping[str, Any], origin: str, relative_to: Path | None = None) -> Config:
+    """A configuration from a mapping, as `load_config`; `origin` is what errors name."""
+    _refuse_unknown_variables()
+    try:
+        # A section whose every line is commented out reads as empty, not as wrong.
+        config = Config(**{str(key): value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(one, given, origin) for one in error.errors())) from None
+    return _rooted(config, relative_to) if relative_to is not None else config
+
+
+def describe(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """(key, type, default, reason) of every setting, in order; the reference page is made from it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from describe(field.annotation, f"{prefix}{name}.")
+        else:
+            kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+            kind = kind.replace("typing.", "").replace("pathlib.", "")
+            default = "required" if field.is_required() else field.default
+            yield f"{prefix}{name}", kind, default, " ".join((field.description or "").split())
+
+
+def example_yaml() -> str:
+    """A configuration with every setting at its default and the reason beside it; what has no default of its own is commented out."""
+    lines = ["# streamprior: every setting with its default. Remove what you do not change; unknown keys are errors.", ""]
+    section = ""
+    for key, _, default, reason in describe():
+        group, _, name = key.rpartition(".")
+        if group != section:
+            lines += ["", f"{group}:"]
+            section = group
+        indent = "  " if group else ""
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(reason, 110)]
+        value = {"prior": "prior.h5"}.get(key, default)
+        shown = f"{name}: {yaml.safe_dump(_scalar(value), default_flow_style=True).splitlines()[0]}"
+        lines.append(f"{indent}# {name}:" if value is None else f"{indent}{shown}")
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def tiled_api_key(settings: TiledSettings) -> str | None:
+    """The key from its file or from $TILED_API_KEY. Raises ConfigError where the file cannot be read."""
+    if settings.api_key_file is None:
+        return os.environ.get("TILED_API_KEY")
+    try:
+        return settings.api_key_file.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"tiled.api_key_file: {settings.api_key_file} cannot be read ({error.strerror})") from None
+
+
+def _rooted(config: Config, folder: Path) -> Config:
+    """Relative paths made absolute against the configuration file's folder."""
+
+    def rooted(model: BaseModel) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        for name in type(model).model_fields:
+            value = getattr(model, name)
+            if isinstance(value, Path) and not value.is_absolute():
+                changes[name] = (folder / value).absolute()
+            elif isinstance(value, BaseModel):
+                changes[name] = value.model_copy(update=rooted(value))
+        return changes
+
+    return config.model_copy(update=rooted(config))
+
+
+def _refuse_unknown_variables() -> None:
+    """pydantic-settings passes over variables it does not know; a misspelt one must not be silently without effect."""
+    for variable in os.environ:
+        if variable.startswith(_PREFIX) and variable not in _NOT_SETTINGS:
+            first = variable.removeprefix(_PREFIX).split("__")[0].lower()
+            if first not in Config.model_fields:
+                raise ConfigError(f"environment variable {variable}: unknown setting {first!r}{_nearest(first, list(Config.model_fields))}")
+
+
+def _sentence(error: Any, given: Mapping[str, Any], origin: str) -> str:
+    """One of pydantic's findings as a sentence that names place, key and remedy."""
+    keys = [str(part) for part in error["loc"]]
+    key = ".".join(keys)
+    place = origin if _holds(given, keys) or error["type"] == "missing" else f"environment variable {_PREFIX}{'__'.join(keys).upper()}"
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown key {key!r}{_nearest(keys[-1], _keys_at(keys[:-1]))}"
+    if error["type"] == "missing":
+        return f"{place}: key {key!r} is missing; {_description(keys)}"
+    return f"{place}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(key.lower(), valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid here: {', '.join(valid)}"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _description(path: list[str]) -> str:
+    model: Any = Config
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    return str(model.model_fields[path[-1]].description)
+
+
+def _holds(given: Any, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(given, Mapping) or key not in given:
+            return False
+        given = given[key]
+    return True

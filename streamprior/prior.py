@@ -102,7 +102,7 @@ _ARRAYS = ("feature_mean", "feature_scale", "pca_components", "centroids", "refe
 
 def freeze(prior: Prior) -> Prior:
     """The same prior with its content hash filled in and its arrays read-only."""
-    arrays = {name: np.ascontiguousarray(getattr(prior, name)) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: np.ascontiguousarray(getattr(prior, name)) for name in _ARRAYS}
     training = {name: np.ascontiguousarray(prior.training[name]) for name in sorted(prior.training)}
     for array in (*arrays.values(), *training.values()):
         array.flags.writeable = False

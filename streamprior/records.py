@@ -51,6 +51,7 @@ class SeriesStart:
     expected: int | None
     detector: Detector
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    nbytes: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class SeriesEnd:
 
     source: str
     series: str
+    nbytes: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,11 @@ class Photons:
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """ids : (B, H, W) uint8, NOT_MEASURED on invalid pixels; distance : (B,) float32, mean distance of a pixel from its centroid, in PCA units."""
+    """Class maps.
+
+    ids : (B, H, W) uint8, NOT_MEASURED on invalid pixels.
+    distance : (B,) float32, mean Euclidean distance of a measured pixel from its centroid, in PCA units.
+    """
 
     ids: npt.NDArray[np.uint8]
     distance: npt.NDArray[np.float32]
@@ -135,7 +141,11 @@ class Classes:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where refinement begins: psi (B, k, H, W) complex64, support (B, k, H, W) bool, unit (B, k) int32 (-1: flat in the prior's support), distance (B, k) float32."""
+    """Where refinement begins, k candidates a frame.
+
+    psi : (B, k, H, W) complex64. support : (B, k, H, W) bool. unit : (B, k) int32, -1 for flat in the prior's support.
+    distance : (B, k) float32, from the frame's descriptor to the unit's.
+    """
 
     psi: npt.NDArray[np.complex64]
     support: npt.NDArray[np.bool_]
@@ -145,8 +155,11 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """Refined objects: psi complex64 and support bool (B, H, W) or (B, D, H, W); chi2 (B,) of the returned psi; history (B, iterations), chi2 after each
-    iteration; floor, r_factor, free_llk (B,); flags (B,) uint32 of `Flag`. Numbers are NaN where they are undefined."""
+    """Refined objects; numbers are NaN where they are undefined.
+
+    psi : complex64, support : bool, both (B, H, W) or (B, D, H, W). chi2 : (B,) of the returned psi. history : (B, iterations),
+    chi2 after each iteration. floor : (B,), the chi2 that photon noise alone gives. r_factor, free_llk : (B,). flags : (B,) of `Flag`.
+    """
 
     psi: npt.NDArray[np.complex64]
     support: npt.NDArray[np.bool_]
@@ -182,7 +195,8 @@ class Result:
     counts : (H, W) float32, the prepared frame (for the live page; the archive does not keep it).
     unit, distance, arm : start that was kept, its distance to the frame's descriptor, its name.
     iou : class name -> IoU against the prior's reference mask. iou_previous : the same against the frame before.
-    drift : signal name -> value (flux, centre_row, centre_column, ...), filled by the drift stage.
+    drift : signal name -> value (flux, centre_row, centre_column, ...). score : signal name -> deviation from the prior's baseline
+        in its standard deviations. alarms : signals whose alarm is on. All three are filled by the drift stage.
     """
 
     run: str
@@ -207,6 +221,8 @@ class Result:
     iou: Mapping[str, float] = field(default_factory=dict)
     iou_previous: Mapping[str, float] = field(default_factory=dict)
     drift: Mapping[str, float] = field(default_factory=dict)
+    score: Mapping[str, float] = field(default_factory=dict)
+    alarms: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from streamprior.records import Batch, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
-from streamprior.records import Frame as Frame
+import numpy.typing as npt
+
+from streamprior.errors import WireError
+from streamprior.records import Batch, Frame, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
 
 Decoded = SeriesStart | Frame | SeriesEnd
+Message = bytes | Decoded
+"""What a source hands over: bytes off a wire, or records where there is nothing to decode (files)."""
 PathItem = RunStarted | Result | RunEnded
 
 
@@ -16,11 +20,13 @@ class Source(Protocol):
     """Where raw messages come from. It owns a socket (or a file) and never decodes."""
 
     name: str
+    exhausted: bool
+    """True once nothing more can come: a file has an end, a socket has none."""
 
     def open(self) -> None:
         """Bind or connect. Raises ConfigError where the operator must act (port taken, no such file)."""
 
-    def receive(self, timeout_s: float) -> bytes | None:
+    def receive(self, timeout_s: float) -> Message | None:
         """The next raw message, or None when none came within `timeout_s`."""
 
     def close(self) -> None:
@@ -30,7 +36,7 @@ class Source(Protocol):
 class Decoder(Protocol):
     """Raw message -> records. Raises WireError for what the sender got wrong, and nothing else."""
 
-    def decode(self, message: bytes, received: float) -> Decoded: ...
+    def decode(self, message: Message, received: float) -> Decoded: ...
 
 
 class Stage(Protocol):
@@ -74,3 +80,12 @@ class Sink(Protocol):
 
 StageFactory = Callable[[], Sequence[Stage]]
 """Makes a fresh set of composed stages: one set a worker, because stages own buffers and FFT plans."""
+
+Admit = Callable[[npt.NDArray[Any]], None]
+"""Looks at a frame's counts before it joins a batch; raises WireError where the stages could not process it."""
+
+Keep = Callable[[Message, WireError], None]
+"""Puts a quarantined message where a person can look at it."""
+
+Timing = Callable[[str, float], None]
+"""(stage, seconds a frame): called once a batch and stage."""

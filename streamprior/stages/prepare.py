@@ -61,9 +61,8 @@ def prepare(
     stack = np.asarray(frames)
     stack = stack[None] if stack.ndim == 2 else stack
     if stack.ndim != 3 or stack.shape[1:] != prior.geometry.detector_shape:
-        raise ValueError(
-            f"frames have shape {stack.shape}, this prior was made for (B, {prior.geometry.detector_shape[0]}, {prior.geometry.detector_shape[1]})"
-        )
+        rows, columns = prior.geometry.detector_shape
+        raise ValueError(f"frames have shape {stack.shape}, this prior was made for (B, {rows}, {columns})")
     return _Region(prior.geometry, prior.invalid, Corrections(mask, flat, dark)).photons(list(stack))
 
 

@@ -23,7 +23,10 @@ _BLOCK_BYTES = 8192  # what DECTRIS firmware and the HDF5 filter use
 
 
 def decompress(algorithm: str, payload: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Payload of algorithm "bslz4" or "lz4" -> array of `dtype` and `shape`; raises WireError("bad_compression") for anything that does not fit."""
+    """Payload of algorithm "bslz4" or "lz4" -> array of `dtype` and `shape`.
+
+    Raises WireError("bad_compression") for anything that does not fit.
+    """
     expected = int(np.prod(shape)) * dtype.itemsize
     if len(payload) < _HEADER.size:
         raise WireError("bad_compression", f"{len(payload)} bytes are too few for a {algorithm} header")
@@ -41,10 +44,10 @@ def compress(algorithm: str, array: npt.NDArray[Any]) -> bytes:
     """Array -> payload; `algorithm` is "bslz4" or "lz4"."""
     flat = np.ascontiguousarray(array).reshape(-1)
     if algorithm == "bslz4":
-        blocks = bitshuffle.compress_lz4(flat, _BLOCK_BYTES // flat.itemsize).tobytes()
+        blocks: bytes = bitshuffle.compress_lz4(flat, _BLOCK_BYTES // flat.itemsize).tobytes()
         return _HEADER.pack(flat.nbytes, _BLOCK_BYTES) + blocks
     if algorithm == "lz4":
-        block = lz4.block.compress(flat.tobytes(), store_size=False)
+        block: bytes = lz4.block.compress(flat.tobytes(), store_size=False)
         return _HEADER.pack(flat.nbytes, flat.nbytes) + _LENGTH.pack(len(block)) + block
     raise ValueError(f"unknown algorithm {algorithm!r}; use bslz4 or lz4")
 

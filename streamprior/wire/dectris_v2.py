@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import cbor2
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from streamprior.errors import WireError
 from streamprior.records import Detector, Frame, SeriesEnd, SeriesStart
+from streamprior.seams import Message
 from streamprior.wire.compression import compress, decompress
 
 _SELF_DESCRIBED = 55799
@@ -25,7 +26,7 @@ _MULTI_DIMENSIONAL = 40
 _COMPRESSED = 56500
 
 # RFC 8746: tag of a little-endian typed array -> dtype.
-DTYPES = {
+DTYPES: dict[int, np.dtype[Any]] = {
     64: np.dtype("u1"),
     69: np.dtype("<u2"),
     70: np.dtype("<u4"),
@@ -68,8 +69,9 @@ class StreamV2Decoder:
         self._series = ""
         self._like: tuple[tuple[int, ...], np.dtype[Any]] | None = None  # shape and dtype of the series' first image
 
-    def decode(self, message: bytes, received: float) -> SeriesStart | Frame | SeriesEnd:
+    def decode(self, message: Message, received: float) -> SeriesStart | Frame | SeriesEnd:
         """One message; `received` in Unix seconds. Raises WireError and nothing else."""
+        assert isinstance(message, bytes)
         if len(message) > self._max_message_bytes:
             raise WireError("too_large", f"{len(message)} bytes, the limit is {self._max_message_bytes}")
         try:
@@ -251,7 +253,7 @@ def _array(item: Any) -> npt.NDArray[Any]:
     (rows, columns), typed = item.value
     if not (_is_count(rows) and _is_count(columns) and 0 < rows * columns <= MAX_MESSAGE_BYTES):
         raise WireError("wrong_shape", f"an image of {rows!r} x {columns!r}")
-    dtype = DTYPES.get(typed.tag) if isinstance(typed, cbor2.CBORTag) else None
+    dtype: np.dtype[Any] | None = DTYPES.get(typed.tag) if isinstance(typed, cbor2.CBORTag) else None
     if dtype is None:
         raise WireError("wrong_dtype", f"typed array tag {getattr(typed, 'tag', None)!r} is none of {sorted(DTYPES)}")
     payload = typed.value
@@ -297,7 +299,7 @@ def _of_frame(user_data: Mapping[str, Any]) -> tuple[tuple[float, float] | None,
     return place, origin if _is_count(origin) else None
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

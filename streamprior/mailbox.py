@@ -1,0 +1,122 @@
+"""A queue between two rooms, bounded in bytes, with a named policy for what happens when it is full."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Literal, Protocol, TypeVar
+
+Policy = Literal["block", "drop_oldest", "drop_newest"]
+
+
+class Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=Sized)
+
+
+class Mailbox(Generic[T]):
+    """Bounded in bytes; an item larger than the whole budget is let in alone, so that it cannot block for ever.
+
+    Parameters
+    ----------
+    budget_bytes : int
+    policy : "block", "drop_oldest" or "drop_newest"
+        block: `put` waits, and the pressure reaches the sender. The other two call `dropped(item)` for what they leave out.
+    droppable : callable
+        Says which items a policy may drop; the start and the end of a run never are.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        policy: Policy = "block",
+        dropped: Callable[[T], None] | None = None,
+        droppable: Callable[[T], bool] | None = None,
+    ) -> None:
+        self._budget = budget_bytes
+        self._policy = policy
+        self._dropped = dropped or (lambda item: None)
+        self._droppable = droppable or (lambda item: True)
+        self._items: deque[T] = deque()
+        self._bytes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, item: T) -> None:
+        """Hand an item over; waits under "block". Into a closed mailbox nothing goes any more: the item counts as dropped."""
+        losers: list[T] = []
+        with self._changed:
+            if self._policy == "block" or not self._droppable(item):
+                while self._full(item) and not self._closed and not self._make_room(item, losers):
+                    self._changed.wait()
+            elif self._policy == "drop_oldest":
+                self._make_room(item, losers)
+            if self._closed or (self._policy == "drop_newest" and self._full(item) and self._droppable(item)):
+                losers.append(item)
+            else:
+                self._items.append(item)
+                self._bytes += item.nbytes
+                self._changed.notify_all()
+        for loser in losers:
+            self._dropped(loser)
+
+    def take(self, limit: int, linger_s: float = 0.0, timeout_s: float | None = None) -> list[T] | None:
+        """Up to `limit` items, oldest first.
+
+        Waits for the first one (at most `timeout_s`, then returns an empty list); once there is one, waits up to `linger_s` for the
+        batch to fill. None when the mailbox is closed and empty: the room upstream has left.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._closed, timeout_s)
+            if not self._items:
+                return None if self._closed else []
+            if linger_s > 0 and len(self._items) < limit and not self._closed:
+                deadline = time.monotonic() + linger_s
+                self._changed.wait_for(
+                    lambda: len(self._items) >= limit or self._closed or self._bytes >= self._budget, max(0, deadline - time.monotonic())
+                )
+            batch = [self._items.popleft() for _ in range(min(limit, len(self._items)))]
+            self._bytes -= sum(item.nbytes for item in batch)
+            self._changed.notify_all()
+            return batch
+
+    def close(self) -> None:
+        """No further items; what is inside can still be taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        """Close and empty at once; the ledger writes off what was inside."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._bytes = 0
+            self._changed.notify_all()
+
+    def _full(self, item: T) -> bool:
+        return bool(self._items) and self._bytes + item.nbytes > self._budget
+
+    def _make_room(self, item: T, losers: list[T]) -> bool:
+        """Under drop_oldest: move the oldest droppable items out until `item` fits. True when it fits."""
+        if self._policy != "drop_oldest":
+            return False
+        for candidate in [one for one in self._items if self._droppable(one)]:
+            if not self._full(item):
+                break
+            self._items.remove(candidate)
+            self._bytes -= candidate.nbytes
+            losers.append(candidate)
+        return not self._full(item)

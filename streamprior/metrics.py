@@ -1,0 +1,125 @@
+"""Every metric's name, unit and labels, once; label values are registered at start so that alerts see zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from streamprior.errors import WireError
+from streamprior.records import Result
+
+DROP_REASONS = (
+    ("receive", "queue_full"),
+    ("decode", "duplicate"),
+    ("decode", "late"),
+    ("archive", "unavailable"),
+    ("path", "shutdown"),
+)
+
+# From a tenth of a millisecond (one fused kernel) to the minute that a stuck disk may take; seconds.
+_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+
+
+class Meters:
+    """The daemon's own registry and its children, made once: looking a label up for every frame costs more than counting."""
+
+    def __init__(self, source: str, stages: Iterable[str], sinks: Iterable[str], classes: Iterable[str], signals: Iterable[str]) -> None:
+        self.registry = CollectorRegistry()
+        ns: dict[str, Any] = {"namespace": "streamprior", "registry": self.registry}
+        self._received = Counter("frames_received_total", "Messages that are, or should be, images.", ["source"], **ns).labels(source)
+        published = Counter("frames_published_total", "Frames that a sink has taken.", ["sink"], **ns)
+        self._published = {sink: published.labels(sink) for sink in sinks}
+        self._dropped = Counter("frames_dropped_total", "Frames left out on purpose or for want of room.", ["stage", "reason"], **ns)
+        for stage, reason in DROP_REASONS:
+            self._dropped.labels(stage, reason)
+        self._quarantined = Counter("frames_quarantined_total", "Messages the sender got wrong.", ["reason"], **ns)
+        for reason in WireError.REASONS:
+            self._quarantined.labels(reason)
+        seconds = Histogram("stage_seconds", "Time a batch spends in a stage, per frame.", ["stage"], buckets=_BUCKETS, **ns)
+        self._stage = {stage: seconds.labels(stage) for stage in stages}
+        latency = Histogram("latency_seconds", "From the detector's time stamp to the output.", ["output"], buckets=_BUCKETS, **ns)
+        self._latency = {output: latency.labels(output) for output in ("mask", "reconstruction", "archive")}
+        iou = Gauge("mask_iou", "Intersection over union of the newest mask.", ["class", "reference"], **ns)
+        self._iou = {(name, reference): iou.labels(name, reference) for name in classes for reference in ("prior", "previous")}
+        self._chi2 = Gauge("chi2", "chi2 of the newest reconstruction.", **ns)
+        self._prior_distance = Gauge("prior_distance", "Mean quantisation distance of the newest frame, PCA units.", **ns)
+        score = Gauge("drift_score", "Deviation from the prior's baseline, in its standard deviations.", ["signal"], **ns)
+        self._score = {signal: score.labels(signal) for signal in signals}
+        alarm = Gauge("drift_alarm", "1 while the drift score is beyond its limit.", ["signal"], **ns)
+        self._alarm = {signal: alarm.labels(signal) for signal in signals}
+        up = Gauge("sink_up", "1 while the sink takes what it is given.", ["sink"], **ns)
+        self._up = {sink: up.labels(sink) for sink in sinks}
+        Gauge("degradation_level", "0: everything; 1: some frames not refined; 2: some not classified; 3: dropped at ingest.", **ns).set(0)
+        self._build = Info("build", "Version and identity of what runs.", **ns)
+
+    def build_info(self, **facts: str) -> None:
+        self._build.info(facts)
+
+    def received(self) -> None:
+        self._received.inc()
+
+    def published(self, sink: str, count: int) -> None:
+        self._published[sink].inc(count)
+
+    def dropped(self, stage: str, reason: str, count: int = 1) -> None:
+        self._dropped.labels(stage, reason).inc(count)
+
+    def quarantined(self, reason: str) -> None:
+        self._quarantined.labels(reason).inc()
+
+    def stage(self, name: str, seconds: float) -> None:
+        self._stage[name].observe(seconds)
+
+    def thought(self, result: Result) -> None:
+        """Latency of a frame's mask and reconstruction, from the detector's time stamp where there is a believable one."""
+        clock = dict(result.clock)
+        for output, stage in (("mask", "classify"), ("reconstruction", "refine")):
+            if stage in clock:
+                self._latency[output].observe(_since_exposure(result, clock[stage]))
+
+    def archived(self, results: Iterable[Result], at: float) -> None:
+        for result in results:
+            self._latency["archive"].observe(_since_exposure(result, at))
+
+    def newest(self, result: Result) -> None:
+        """The newest frame's numbers; drift scores in standard deviations of the prior's baseline."""
+        self._chi2.set(result.chi2)
+        self._prior_distance.set(result.class_distance)
+        for reference, values in (("prior", result.iou), ("previous", result.iou_previous)):
+            for name, value in values.items():
+                self._iou[name, reference].set(value)
+        for signal, value in result.score.items():
+            self._score[signal].set(value)
+            self._alarm[signal].set(signal in result.alarms)
+
+    def sink_up(self, sink: str, up: bool) -> None:
+        self._up[sink].set(up)
+
+    def watch(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
+        """Numbers that are looked up when somebody scrapes, instead of being kept up to date for nobody."""
+        self.registry.register(_AtScrape(in_flight, missing, queues))
+
+
+def _since_exposure(result: Result, at: float) -> float:
+    """Seconds since the detector's time stamp; since the socket where that clock is absent or off by more than an hour."""
+    since = at - result.detector_time if result.detector_time is not None else -1.0
+    return since if 0 <= since < 3600 else at - result.received
+
+
+class _AtScrape(Collector):
+    def __init__(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
+        self._in_flight, self._missing, self._queues = in_flight, missing, queues
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("streamprior_frames_in_flight", "Frames received whose fate is not known yet.", value=self._in_flight())
+        yield CounterMetricFamily(
+            "streamprior_frames_missing_total", "Frames that closed runs expected and never saw.", value=self._missing()
+        )
+        queues = GaugeMetricFamily("streamprior_queue_bytes", "Bytes waiting in a bounded queue.", labels=["queue"])
+        for name, size in self._queues.items():
+            queues.add_metric([name], size())
+        yield queues

@@ -1,0 +1,111 @@
+"""Path items -> one sink: a mailbox of its own and a loop that retries, so that a stuck sink delays nobody else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import structlog
+
+from streamprior.errors import SinkUnavailable
+from streamprior.ledger import Ledger, account_line
+from streamprior.mailbox import Mailbox
+from streamprior.metrics import Meters
+from streamprior.records import Result, RunEnded, RunStarted
+from streamprior.seams import PathItem, Sink
+
+log = structlog.get_logger(__name__)
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
+
+
+class Outbox:
+    """One sink's room.
+
+    A complete sink gets everything, in order and again until it takes it; its full mailbox slows the path. Any other sink gets the
+    newest: its mailbox drops the oldest results, and what it could not take is forgotten.
+    """
+
+    def __init__(self, sink: Sink, budget_bytes: int, ledger: Ledger, meters: Meters) -> None:
+        self.sink = sink
+        self.mailbox: Mailbox[PathItem] = Mailbox(
+            budget_bytes,
+            "block" if sink.complete else "drop_oldest",
+            droppable=lambda item: isinstance(item, Result),
+        )
+        self._ledger = ledger
+        self._meters = meters
+        self._open = False
+        self._give_up = threading.Event()
+        self.up = False
+
+    def put(self, item: PathItem) -> None:
+        self.mailbox.put(item)
+
+    def step(self) -> bool:
+        """Write what has gathered; False when the path has ended and the sink is closed."""
+        if not self._open:
+            self._open = self._attempt(self.sink.open)
+        # A complete sink writes in blocks (one chunk of the archive); a live one wants each result at once.
+        items = self.mailbox.take(64 if self.sink.complete else 1, linger_s=0.25 if self.sink.complete else 0.0)
+        if items is None:
+            self._attempt(self.sink.close)
+            return False
+        for kind, group in groupby(items, key=type):
+            if kind is Result:
+                self._write([item for item in group if isinstance(item, Result)])
+            else:
+                for item in group:
+                    self._turn(item)
+        return True
+
+    def give_up(self) -> None:
+        """Stop retrying: the time to drain is over."""
+        self._give_up.set()
+        self.mailbox.abort()
+
+    def _write(self, results: Sequence[Result]) -> None:
+        if not self._attempt(lambda: self.sink.write(results)):
+            for result in results if self.sink.complete else ():
+                self._ledger.dropped(result.run, result.index, self.sink.name, "unavailable")
+                self._meters.dropped(self.sink.name, "unavailable")
+            return
+        for uid, of_run in groupby(results, key=lambda result: result.run):
+            indices = [result.index for result in of_run]
+            self._ledger.published(uid, self.sink.name, indices)
+            self._meters.published(self.sink.name, len(indices))
+        if self.sink.complete:
+            self._meters.archived(results, time.time())
+
+    def _turn(self, item: PathItem) -> None:
+        if isinstance(item, RunStarted):
+            self._attempt(lambda: self.sink.begin(item))
+        elif isinstance(item, RunEnded):
+            self._attempt(lambda: self.sink.end(item))
+            if self.sink.complete:
+                account = self._ledger.close_run(item)
+                (log.info if account["balanced"] else log.error)("run closed", reason=item.reason, ledger=account_line(account))
+
+    def _attempt(self, call: Callable[[], None]) -> bool:
+        """Call the sink; a complete one again and again with growing pauses while it is unavailable. False when it was given up."""
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                call()
+            except SinkUnavailable as error:
+                if self.up or wait_s == _FIRST_WAIT_S:
+                    log.warning("sink unavailable", sink=self.sink.name, error=str(error))
+                self._set_up(False)
+                if not self.sink.complete or self._give_up.wait(wait_s):
+                    return False
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            else:
+                if not self.up:
+                    self._set_up(True)
+                return True
+
+    def _set_up(self, up: bool) -> None:
+        self.up = up
+        self._meters.sink_up(self.sink.name, up)

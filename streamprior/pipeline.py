@@ -1,0 +1,248 @@
+"""The bounded path on one screen: socket -> receive -> decode -> crew (prepare ... refine) -> drift -> one outbox a sink.
+
+Every room is a `step()` that takes from the mailbox before it and puts into the one behind it; it answers False once the room before
+it has left and nothing is left to take. Shutdown is therefore no second path: the source closes, and the rooms empty in order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from streamprior.crew import Job, ThreadCrew
+from streamprior.errors import WireError
+from streamprior.ledger import Ledger
+from streamprior.mailbox import Mailbox, Policy
+from streamprior.metrics import Meters
+from streamprior.outbox import Outbox
+from streamprior.records import Frame, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
+from streamprior.runs import LateFrame, Runs
+from streamprior.seams import Admit, Decoder, Keep, Message, Source, Watch
+
+log = structlog.get_logger(__name__)
+
+_BEAT_S = 0.1
+"""How long a room waits before it looks up: how late an idle run closes, and how long a stop takes to be noticed."""
+
+_GRACE_S = 0.5
+"""How long a stop goes on taking what the socket holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A raw message and when it left the socket, Unix seconds."""
+
+    message: Message
+    at: float
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.message) if isinstance(self.message, bytes) else self.message.nbytes
+
+
+class Pipeline:
+    """Carries frames from a source to the sinks in threads of its own, and knows when it is empty.
+
+    Parameters
+    ----------
+    admit : called with each frame's counts before it joins a batch; raises WireError where it cannot be processed.
+    keep : called with each message that is quarantined and the reason (a bounded folder on disk).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        decoder: Decoder,
+        runs: Runs,
+        crew: ThreadCrew,
+        watches: Sequence[Watch],
+        outboxes: Sequence[Outbox],
+        ledger: Ledger,
+        meters: Meters,
+        receive_bytes: int,
+        receive_policy: Policy = "block",
+        admit: Admit = lambda counts: None,
+        keep: Keep = lambda message, error: None,
+    ) -> None:
+        self._source, self._decoder, self._runs, self._crew = source, decoder, runs, crew
+        self._watches, self._outboxes, self._ledger, self._meters = watches, outboxes, ledger, meters
+        self._admit, self._keep = admit, keep
+        self.received: Mailbox[Received] = Mailbox(receive_bytes, receive_policy, dropped=self._unheard)
+        self._ticket = 0
+        self._stopping = threading.Event()
+        self._stopped_at = 0.0
+        self.ended = threading.Event()
+        self.failure: BaseException | None = None
+        self.started = False
+        self._threads: list[threading.Thread] = []
+        self._inhabited = 0
+        self._leaving = threading.Lock()
+
+    def rooms(self) -> dict[str, Callable[[], bool]]:
+        """Every room's step, in the order of the path; tests call them by hand, `start` gives each a thread."""
+        return (
+            {"receive": self.receive, "decode": self.decode}
+            | {f"compute-{n}": step for n, step in enumerate(self._crew.workers)}
+            | {"sequence": self.sequence}
+            | {f"publish-{outbox.sink.name}": outbox.step for outbox in self._outboxes}
+        )
+
+    def start(self) -> None:
+        for name, step in self.rooms().items():
+            self._threads.append(threading.Thread(target=self._inhabit, args=(name, step), name=name, daemon=True))
+        self._inhabited = len(self._threads)
+        self.started = True
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop receiving; what was received goes on to the sinks."""
+        self._stopped_at = time.monotonic()
+        self._stopping.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for every room to be empty; False when `timeout_s` was not enough."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def abandon(self) -> None:
+        """The time to drain is over: empty every queue. Once the rooms are empty, `Ledger.write_off` counts what was inside."""
+        self.stop()
+        self.received.abort()
+        self._crew.abort()
+        for outbox in self._outboxes:
+            outbox.give_up()
+
+    def receive(self) -> bool:
+        """Socket -> mailbox. Only drains, stamps and hands over: nothing is decoded here."""
+        stopping = self._stopping.is_set()
+        message = self._source.receive(0 if stopping else _BEAT_S)
+        if message is not None:
+            self.received.put(Received(message, time.time()))
+        # On a stop, what the socket already holds still counts as accepted; a sender that goes on for ever does not.
+        over = self._source.exhausted or (stopping and (message is None or time.monotonic() > self._stopped_at + _GRACE_S))
+        if over:
+            self._source.close()
+            self.received.close()
+        return not over
+
+    def decode(self) -> bool:
+        """Raw messages -> jobs for the crew; runs open and close here."""
+        batch = self.received.take(64, timeout_s=_BEAT_S)
+        if batch is None:
+            self._turn(self._runs.shutdown())
+            self._crew.close()
+            return False
+        for item in batch:
+            self._decode_one(item)
+        self._turn(self._runs.tick())
+        return True
+
+    def _decode_one(self, item: Received) -> None:
+        try:
+            record = self._decoder.decode(item.message, item.at)
+        except WireError as error:
+            self._quarantine(None, item.message, error)
+            return
+        if isinstance(record, SeriesStart):
+            self._turn(self._runs.start(record))
+        elif isinstance(record, SeriesEnd):
+            self._turn(self._runs.end(record))
+        else:
+            self._enter(record, item.message)
+
+    def _enter(self, frame: Frame, message: Message) -> None:
+        """A decoded frame joins its run, unless it is late, known already, or of no use to the prior."""
+        self._meters.received()
+        try:
+            changes, frame = self._runs.frame(frame)
+        except LateFrame as late:
+            self._ledger.received_unread(late.uid)
+            self._drop(late.uid, None, "decode", "late")
+            return
+        self._turn(changes)
+        if not self._ledger.received(frame.run, frame.index):
+            self._drop(frame.run, None, "decode", "duplicate")
+            return
+        try:
+            self._admit(frame.counts)
+        except WireError as error:
+            self._quarantine(frame.index, message, error)
+            return
+        run = self._runs.current
+        assert run is not None
+        self._crew.submit(Job(self._next_ticket(), run, frame, time.time()))
+
+    def _turn(self, changes: Sequence[RunStarted | RunEnded]) -> None:
+        for change in changes:
+            if isinstance(change, RunStarted):
+                self._ledger.open_run(change)
+                log.info("run opened", run=change.uid, series=change.series, expected=change.expected)
+            self._crew.pass_on(self._next_ticket(), change)
+
+    def sequence(self) -> bool:
+        """Results in order -> drift watch -> every outbox."""
+        items = self._crew.take(64, _BEAT_S)
+        if items is None:
+            for outbox in self._outboxes:
+                outbox.mailbox.close()
+            return False
+        for item in items:
+            if isinstance(item, RunStarted):
+                for watch in self._watches:
+                    watch.begin(item)
+            elif isinstance(item, Result):
+                for watch in self._watches:
+                    item = watch(item)
+                item = replace(item, clock=(*item.clock, ("drift", time.time())))
+                self._meters.thought(item)
+            for outbox in self._outboxes:
+                outbox.put(item)
+        return True
+
+    def _next_ticket(self) -> int:
+        self._ticket += 1
+        return self._ticket - 1
+
+    def _quarantine(self, index: int | None, message: Message, error: WireError) -> None:
+        run = self._runs.current
+        uid = run.uid if run is not None else None
+        if index is None:
+            self._meters.received()
+            self._ledger.received_unread(uid)
+        self._ledger.quarantined(uid, index, error.reason)
+        self._meters.quarantined(error.reason)
+        self._keep(message, error)
+
+    def _drop(self, uid: str | None, index: int | None, stage: str, reason: str) -> None:
+        self._ledger.dropped(uid, index, stage, reason)
+        self._meters.dropped(stage, reason)
+
+    def _unheard(self, item: Received) -> None:
+        """A message that the receive queue had no room for: counted for the run in hand, because nobody has read whose it was."""
+        run = self._runs.current
+        uid = run.uid if run is not None else None
+        self._meters.received()
+        self._ledger.received_unread(uid)
+        self._drop(uid, None, "receive", "queue_full")
+
+    def _inhabit(self, name: str, step: Callable[[], bool]) -> None:
+        """A room's thread. Whatever escapes a step is our own fault: remembered, and the whole path stops (exit 1)."""
+        try:
+            while step():
+                pass
+        except BaseException as error:
+            log.exception("a room failed", room=name)
+            self.failure = self.failure or error
+            self.abandon()
+        finally:
+            with self._leaving:
+                self._inhabited -= 1
+                if self._inhabited == 0:
+                    self.ended.set()

@@ -1,0 +1,105 @@
+"""Hints from the wire (start, image, end) -> runs that open and close, whatever the wire lost."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+
+from streamprior.records import Detector, Frame, RunEnded, RunStarted, SeriesEnd, SeriesStart
+
+_REMEMBERED = 16
+"""Closed series whose late frames are still recognised as late rather than taken for a new run."""
+
+
+class LateFrame(Exception):  # noqa: N818 - an answer, not a failure
+    """The frame belongs to a run that is closed; it is counted there."""
+
+    def __init__(self, uid: str) -> None:
+        super().__init__(uid)
+        self.uid = uid
+
+
+class Runs:
+    """At most one open run a source. It opens on a start message or on its first frame; it closes on its end message once all
+    frames are in (or `late_s` after it), on a new series, or when nothing came for `idle_s`.
+
+    Parameters
+    ----------
+    distinct : callable uid -> number of different frames received, the ledger's count.
+    late_s : seconds that frames may come after the end message, or after the last expected frame when no end message comes.
+    idle_s : seconds without any message after which a run is closed.
+    """
+
+    def __init__(self, distinct: Callable[[str], int], late_s: float, idle_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._distinct = distinct
+        self._late_s = late_s
+        self._idle_s = idle_s
+        self._clock = clock
+        self._open: RunStarted | None = None
+        self._heard = 0.0
+        self._ending: str | None = None  # why the run is about to close
+        self._closed: OrderedDict[str, str] = OrderedDict()  # series -> uid
+
+    @property
+    def current(self) -> RunStarted | None:
+        return self._open
+
+    def start(self, hint: SeriesStart) -> list[RunStarted | RunEnded]:
+        """A start message. A second one for the open run changes nothing: the run's detector is fixed by its first hint."""
+        self._heard = self._clock()
+        if self._open is not None and self._open.series == hint.series:
+            return []
+        return [*self._close("new_series"), self._begin(hint)]
+
+    def frame(self, frame: Frame) -> tuple[list[RunStarted | RunEnded], Frame]:
+        """A frame: what it opened or closed, and the frame with its run's uid. Raises LateFrame for a closed run's."""
+        if self._open is not None and self._open.series == frame.series:
+            self._heard = self._clock()
+            return [], replace(frame, run=self._open.uid)
+        if frame.series in self._closed:
+            raise LateFrame(self._closed[frame.series])
+        self._heard = self._clock()
+        hint = SeriesStart(frame.source, frame.series, None, Detector(shape=(frame.counts.shape[0], frame.counts.shape[1])))
+        ended, started = self._close("new_series"), self._begin(hint)
+        return [*ended, started], replace(frame, run=started.uid)
+
+    def end(self, hint: SeriesEnd) -> list[RunEnded]:
+        """An end message; one for another series than the open one says nothing."""
+        if self._open is None or self._open.series != hint.series:
+            return []
+        self._heard, self._ending = self._clock(), "end"
+        return self.tick()
+
+    def tick(self) -> list[RunEnded]:
+        """Called now and then: closes what is over. Returns the end of the run, or nothing."""
+        if self._open is None:
+            return []
+        quiet = self._clock() - self._heard
+        whole = self._open.expected is not None and self._distinct(self._open.uid) >= self._open.expected
+        if self._ending and (whole or quiet >= self._late_s):
+            return self._close(self._ending)
+        if whole and quiet >= self._late_s:
+            return self._close("complete")
+        return self._close("idle") if quiet >= self._idle_s else []
+
+    def shutdown(self) -> list[RunEnded]:
+        return self._close(self._ending or "shutdown")
+
+    def _begin(self, hint: SeriesStart) -> RunStarted:
+        uid = str(uuid.uuid4())
+        self._open = RunStarted(uid, hint.source, hint.series, time.time(), hint.expected, hint.detector, hint.metadata)
+        self._ending = None
+        self._closed.pop(hint.series, None)
+        return self._open
+
+    def _close(self, reason: str) -> list[RunEnded]:
+        if self._open is None:
+            return []
+        run, self._open, self._ending = self._open, None, None
+        self._closed[run.series] = run.uid
+        while len(self._closed) > _REMEMBERED:
+            self._closed.popitem(last=False)
+        return [RunEnded(run.uid, reason, time.time())]

@@ -1,0 +1,293 @@
+"""Recorded frames (CXI, NeXus/HDF5, .npy, TIFFs) -> one lazily read stack, with positions and geometry where the file has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import hdf5plugin  # noqa: F401 - registers the filters that detector files are compressed with
+import numpy as np
+import numpy.typing as npt
+import tifffile
+
+from streamprior.config import SourceSettings
+from streamprior.errors import ConfigError
+from streamprior.records import Detector, Frame, SeriesEnd, SeriesStart
+from streamprior.seams import Message
+
+_JOULES_PER_EV = 1.602176634e-19
+
+# Where the formats keep their frames, in the order of trying; the last resort is the only three-dimensional dataset.
+_STACKS = (
+    "entry_1/instrument_1/detector_1/data",  # CXI
+    "entry_1/data_1/data",
+    "entry/data/data",  # NeXus, NXptycho
+    "entry/instrument/detector/data",
+)
+
+
+class Stack(Protocol):
+    """What frames are read from: (N, rows, columns), one index at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file of frames; item i is the i-th chosen one.
+
+    indices : those that were asked for. geometry : what the file says of the detector. positions : (N, 2) metres, x then y, of the
+    probe on the sample. dark : (rows, columns) counts, to be subtracted by prepare.
+    """
+
+    path: Path
+    stack: Stack
+    indices: Sequence[int]
+    geometry: Detector
+    positions: npt.NDArray[np.float64] | None = None
+    dark: npt.NDArray[np.float32] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.indices), *self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stack.dtype
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> npt.NDArray[Any]:
+        return self.frame(i)
+
+    def frame(self, i: int) -> npt.NDArray[Any]:
+        """The i-th chosen frame, (rows, columns)."""
+        return np.asarray(self.stack[self.indices[i]])
+
+    def origin(self, i: int) -> int:
+        """Its index in the file."""
+        return self.indices[i]
+
+    def detector(self) -> Detector:
+        return self.geometry
+
+    def position(self, i: int) -> tuple[float, float] | None:
+        if self.positions is None:
+            return None
+        x, y = self.positions[self.indices[i]]
+        return float(x), float(y)
+
+
+def open_recording(file: str | os.PathLike[str], frames: str = ":") -> Recording:
+    """Open a recorded run.
+
+    Parameters
+    ----------
+    file : CXI, NeXus or other HDF5 (`FILE::/path/in/file` picks a dataset), .npy, or a folder of TIFFs (in the order of their names).
+    frames : a Python slice, for example "1::2", or a single index.
+
+    Raises
+    ------
+    ConfigError
+        The file is absent, of no known kind, holds no stack of frames (or several), or the slice picks none.
+    """
+    name, _, inside = os.fspath(file).partition("::")
+    path = Path(name)
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    if path.is_dir():
+        recording = _open_tiffs(path)
+    elif path.suffix == ".npy":
+        recording = _whole(path, np.load(path, mmap_mode="r", allow_pickle=False))
+    elif h5py.is_hdf5(path):
+        recording = _open_hdf5(path, inside)
+    else:
+        raise ConfigError(f"{path}: neither HDF5 (CXI, NeXus), .npy nor a folder of TIFFs")
+    if len(recording.stack.shape) != 3:
+        raise ConfigError(f"{path}: frames must be a stack (N, rows, columns), found shape {recording.stack.shape}")
+    return _chosen(recording, frames)
+
+
+class FileSource:
+    """The source that is a file: records come out as fast as the path takes them, and the daemon ends with the last one."""
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self.name = settings.name
+        self._settings = settings
+        self._next = -1
+        self.exhausted = False
+        self._recording: Recording | None = None
+
+    def open(self) -> None:
+        if self._settings.path is None:
+            raise ConfigError("source.path: a file source needs the path of a recorded run")
+        self._recording = open_recording(self._settings.path, self._settings.frames)
+
+    def receive(self, timeout_s: float) -> Message | None:
+        recording = self._recording
+        assert recording is not None
+        i, self._next = self._next, self._next + 1
+        series = recording.path.name
+        if i < 0:
+            return SeriesStart(self.name, series, len(recording), recording.geometry, recording.metadata)
+        if i >= len(recording):
+            self.exhausted = True
+            return SeriesEnd(self.name, series) if i == len(recording) else None
+        return Frame(self.name, series, i, recording[i], 0.0, None, recording.position(i), recording.origin(i))
+
+    def close(self) -> None:
+        self._recording = None
+
+
+class AsRead:
+    """The decoder of a source that has nothing to decode: stamps each frame with the time it was read."""
+
+    def decode(self, message: Message, received: float) -> SeriesStart | Frame | SeriesEnd:
+        assert not isinstance(message, bytes)
+        if isinstance(message, Frame):
+            return replace(message, received=received)
+        return message
+
+
+def load_plane(file: Path, shape: tuple[int, int]) -> npt.NDArray[Any]:
+    """A mask, flat or dark: .npy or FILE::/dataset, of `shape`. Raises ConfigError otherwise."""
+    name, _, inside = os.fspath(file).partition("::")
+    try:
+        if name.endswith(".npy"):
+            plane: npt.NDArray[Any] = np.load(name, allow_pickle=False)
+        else:
+            with h5py.File(name) as opened:
+                plane = np.asarray(opened[inside][()])
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as .npy or FILE::/dataset ({error})") from None
+    if plane.shape != shape:
+        raise ConfigError(f"{file}: has shape {plane.shape}, the detector {shape}")
+    return plane
+
+
+def _whole(path: Path, stack: Any, **more: Any) -> Recording:
+    geometry = more.pop("geometry", Detector(shape=tuple(stack.shape[1:3])))
+    return Recording(path, stack, range(stack.shape[0]), geometry, **more)
+
+
+def _chosen(recording: Recording, frames: str) -> Recording:
+    total = recording.stack.shape[0]
+    parts = frames.split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+        if len(parts) == 1:
+            index = int(frames)
+            chosen: Sequence[int] = range(total)[index : index + 1 or None]
+        else:
+            chosen = range(total)[slice(*numbers)]
+    except (ValueError, TypeError):
+        raise ConfigError(f"--frames {frames!r}: not a Python slice; write for example 0::2, :100 or 17") from None
+    if not len(chosen):
+        raise ConfigError(f"--frames {frames!r}: picks none of the {total} frames of {recording.path}")
+    return replace(recording, indices=chosen)
+
+
+class _Tiffs:
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+        first = tifffile.imread(files[0])
+        self.shape = (len(files), *first.shape)
+        self.dtype = first.dtype
+
+    def __getitem__(self, index: int) -> Any:
+        return tifffile.imread(self._files[index])
+
+
+def _open_tiffs(folder: Path) -> Recording:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".tif", ".tiff"))
+    if not files:
+        raise ConfigError(f"{folder}: a folder without TIFF files")
+    return _whole(folder, _Tiffs(files))
+
+
+def _open_hdf5(path: Path, inside: str) -> Recording:
+    file = h5py.File(path, "r")
+    stack = _dataset(path, file, inside)
+    detector_group = stack.parent
+    positions = _positions(file, stack.shape[0])
+    dark = detector_group.get("data_dark")
+    mask = detector_group.get("mask")
+    shape = (int(stack.shape[1]), int(stack.shape[2])) if stack.ndim == 3 else None
+    energy = file.get("entry_1/instrument_1/source_1/energy")
+    title = file.get("entry_1/title")
+    return _whole(
+        path,
+        stack,
+        geometry=Detector(
+            shape=shape,
+            mask=np.asarray(mask[()]) != 0 if mask is not None and mask.shape == shape else None,
+            pixel_m=_number(detector_group.get("x_pixel_size")),
+            distance_m=_number(detector_group.get("distance")),
+            # CXI keeps the energy in joules.
+            energy_ev=float(energy[()]) / _JOULES_PER_EV if energy is not None else None,
+            frame_time_s=_number(detector_group.get("count_time")),
+        ),
+        positions=positions,
+        dark=_mean_dark(dark, shape),
+        metadata={"file": path.name, "title": _text(title)},
+    )
+
+
+def _dataset(path: Path, file: h5py.File, inside: str) -> Any:
+    if inside:
+        found = file.get(inside)
+        if not isinstance(found, h5py.Dataset):
+            raise ConfigError(f"{path}: no dataset {inside}")
+        return found
+    for name in _STACKS:
+        if isinstance(file.get(name), h5py.Dataset):
+            return file[name]
+    stacks: list[str] = []
+    file.visititems(lambda name, item: stacks.append(name) if isinstance(item, h5py.Dataset) and item.ndim == 3 else None)
+    if len(stacks) != 1:
+        listed = ", ".join(f"{path}::/{name}" for name in stacks[:8])
+        raise ConfigError(
+            f"{path}: {'several stacks of frames; name one: ' + listed if stacks else 'no stack of frames (N, rows, columns)'}"
+        )
+    return file[stacks[0]]
+
+
+def _positions(file: h5py.File, count: int) -> npt.NDArray[np.float64] | None:
+    """Probe positions in metres, x then y. CXI's translation is the motion of the sample: the probe moves the other way on it."""
+    translation = file.get("entry_1/sample_1/geometry_1/translation")
+    if not isinstance(translation, h5py.Dataset) or translation.ndim != 2 or translation.shape[0] != count:
+        return None
+    return -np.asarray(translation[:, :2], np.float64)
+
+
+def _mean_dark(dark: Any, shape: tuple[int, int] | None) -> npt.NDArray[np.float32] | None:
+    if dark is None or shape is None:
+        return None
+    values = np.asarray(dark[()], np.float32)
+    averaged: npt.NDArray[np.float32] = values.mean(0) if values.ndim == 3 else values
+    return averaged if averaged.shape == shape else None
+
+
+def _number(dataset: Any) -> float | None:
+    return float(dataset[()]) if dataset is not None and dataset.shape == () else None
+
+
+def _text(dataset: Any) -> str:
+    value = dataset[()] if dataset is not None and dataset.shape == () else b""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

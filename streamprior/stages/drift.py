@@ -1,0 +1,152 @@
+"""Results in order -> the same results with their drift numbers: mask IoU, flux, centre of mass, chi2 against the prior's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from streamprior.jit import kernel
+from streamprior.prior import Prior
+from streamprior.records import Flag, Result, RunStarted
+
+
+def signals(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the scalars that are watched, in the order of the archive's columns."""
+    return ("flux", "class_distance", "chi2", "centre_row", "centre_column", *(f"fraction_{name}" for name in class_names))
+
+
+@dataclass(frozen=True, slots=True)
+class MaskNumbers:
+    """What one class map says beside two others; arrays are (K,) float64, NaN where a class is in neither map.
+
+    iou, iou_previous : intersection over union with the reference and with the frame before. fraction : share of measured pixels.
+    centre_row, centre_column : centroid of class 0 (the core), prepared pixels. flux : mean photons per measured pixel.
+    """
+
+    iou: npt.NDArray[np.float64]
+    iou_previous: npt.NDArray[np.float64]
+    fraction: npt.NDArray[np.float64]
+    centre_row: float
+    centre_column: float
+    flux: float
+
+
+def mask_numbers(
+    ids: npt.NDArray[np.uint8],
+    counts: npt.NDArray[np.float32],
+    reference: npt.NDArray[np.uint8],
+    previous: npt.NDArray[np.uint8],
+    classes: int,
+) -> MaskNumbers:
+    """Compare class maps (H, W) over the pixels that are measured in both; ids of NOT_MEASURED are left out."""
+    table = np.zeros((5, classes), np.int64)
+    sums = np.zeros(5)
+    _compare(ids, counts, reference, previous, table, sums)
+    size, both, either, both_previous, either_previous = table
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return MaskNumbers(
+            iou=both / either,
+            iou_previous=both_previous / either_previous,
+            fraction=size / sums[4],
+            centre_row=float(sums[0] / sums[2]) if sums[2] else float("nan"),
+            centre_column=float(sums[1] / sums[2]) if sums[2] else float("nan"),
+            flux=float(sums[3] / sums[4]) if sums[4] else 0.0,
+        )
+
+
+class DriftWatch:
+    """Sees a run's results one by one; owns the mask of the frame before.
+
+    Parameters
+    ----------
+    limit : standard deviations of the prior's baseline beyond which a signal counts as drifted.
+    patience : frames in a row that must be beyond the limit before the alarm is on, and within it before it is off again.
+    """
+
+    name = "drift"
+
+    def __init__(self, prior: Prior, limit: float = 5.0, patience: int = 3) -> None:
+        self._prior = prior
+        self._limit = limit
+        self._patience = patience
+        self._previous: npt.NDArray[np.uint8] | None = None
+        self._beyond: dict[str, int] = {}
+
+    def begin(self, run: RunStarted) -> None:
+        self._previous = None
+        self._beyond = {}
+
+    def __call__(self, result: Result) -> Result:
+        prior = self._prior
+        numbers = mask_numbers(
+            result.classes,
+            result.counts,
+            prior.reference,
+            result.classes if self._previous is None else self._previous,
+            len(prior.class_names),
+        )
+        self._previous = result.classes
+        values = {
+            "flux": numbers.flux,
+            "class_distance": result.class_distance,
+            "chi2": result.chi2,
+            "centre_row": numbers.centre_row,
+            "centre_column": numbers.centre_column,
+        } | {f"fraction_{name}": float(share) for name, share in zip(prior.class_names, numbers.fraction, strict=True)}
+        score = {signal: _score(value, prior.baselines.get(signal)) for signal, value in values.items()}
+        return replace(
+            result,
+            iou=dict(zip(prior.class_names, map(float, numbers.iou), strict=True)),
+            iou_previous=dict(zip(prior.class_names, map(float, numbers.iou_previous), strict=True)),
+            drift=values,
+            score=score,
+            alarms=self._alarms(score) if not result.flags & Flag.EMPTY else (),
+        )
+
+    def _alarms(self, score: Mapping[str, float]) -> tuple[str, ...]:
+        """Counters climb while a score is beyond the limit and fall while it is within: an alarm neither flickers on nor off."""
+        on = []
+        for signal, value in score.items():
+            step = 1 if abs(value) > self._limit else -1
+            level = min(max(self._beyond.get(signal, 0) + step, 0), 2 * self._patience)
+            self._beyond[signal] = level
+            if level >= self._patience:
+                on.append(signal)
+        return tuple(on)
+
+
+def _score(value: float, baseline: tuple[float, float] | None) -> float:
+    """Deviation in standard deviations; NaN without a baseline. A baseline without spread still gives a finite score."""
+    if baseline is None:
+        return float("nan")
+    mean, deviation = baseline
+    return (value - mean) / max(deviation, 1e-6 * max(abs(mean), 1e-6))
+
+
+@kernel
+def _compare(ids, counts, reference, previous, table, sums):  # type: ignore[no-untyped-def]
+    """Table rows: pixels of the class, then in both and in either map for the reference, then the same for the frame before."""
+    for y in range(ids.shape[0]):
+        for x in range(ids.shape[1]):
+            own = ids[y, x]
+            if own == 255:
+                continue
+            table[0, own] += 1
+            sums[3] += counts[y, x]
+            sums[4] += 1
+            if own == 0:
+                sums[0] += y
+                sums[1] += x
+                sums[2] += 1
+            for row, other in ((1, reference[y, x]), (3, previous[y, x])):
+                if other == 255:
+                    continue
+                if other == own:
+                    table[row, own] += 1
+                    table[row + 1, own] += 1
+                else:
+                    table[row + 1, own] += 1
+                    table[row + 1, other] += 1

@@ -1,0 +1,77 @@
+"""A recipe's name -> its stages: what runs in the crew, batch by batch, and what watches the results in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from streamprior.config import DriftSettings, PrepareSettings, RefineSettings
+from streamprior.prior import Prior
+from streamprior.records import Batch, Detector, Frame, RunStarted
+from streamprior.seams import Stage, Watch
+from streamprior.sources.files import load_plane
+from streamprior.stages.classify import Classifier
+from streamprior.stages.drift import DriftWatch, signals
+from streamprior.stages.match import Matcher
+from streamprior.stages.prepare import Corrections, Preparer
+from streamprior.stages.refine import Refiner
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`bragg`: prepare, classify, match, refine in the crew; drift in order behind it.
+
+    Built from settings and a prior alone; holds no socket, sink or ledger, so that it can be made anew in any worker.
+    """
+
+    prior: Prior
+    prepare: PrepareSettings
+    refine: RefineSettings
+    drift: DriftSettings
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        return ("prepare", "classify", "match", "refine") if self.refine.enabled else ("prepare", "classify")
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The scalars that the drift watch follows; columns of the archive."""
+        return signals(self.prior.class_names)
+
+    def stages(self) -> Sequence[Stage]:
+        """A fresh set for one worker."""
+        always: tuple[Stage, ...] = (Preparer(self.prior, self._corrections()), Classifier(self.prior))
+        if not self.refine.enabled:
+            return always
+        refiner = Refiner(self.prior, self.refine.schedule or self.refine.iterations, self.refine.weight, self.refine.free_fraction)
+        return (*always, Matcher(self.prior), refiner)
+
+    def watches(self) -> Sequence[Watch]:
+        return (DriftWatch(self.prior, self.drift.limit, self.drift.patience),)
+
+    def warm_up(self) -> None:
+        """Compile the kernels and plan the FFTs on a blank frame of each dtype: the first frame of a run is as quick as the last."""
+        stages = self.stages()
+        shape = self.prior.geometry.detector_shape
+        run = RunStarted("warm-up", "", "", 0.0, None, Detector(shape=shape))
+        for dtype in (np.uint8, np.uint16, np.uint32):
+            batch = Batch(run, (Frame("", "", 0, np.ones(shape, dtype), 0.0),))
+            for stage in stages:
+                batch = stage(batch)
+
+    def _corrections(self) -> Corrections:
+        shape = self.prior.geometry.detector_shape
+
+        def plane(file: Path | None) -> np.ndarray | None:
+            return None if file is None else load_plane(file, shape)
+
+        mask, flat, dark = plane(self.prepare.mask), plane(self.prepare.flat), plane(self.prepare.dark)
+        return Corrections(
+            mask=mask != 0 if mask is not None else None,
+            flat=flat.astype(np.float32) if flat is not None else None,
+            dark=dark.astype(np.float32) if dark is not None else None,
+            saturation=self.prepare.saturation,
+        )

@@ -1,0 +1,286 @@
+"""The bounded path: everything that enters leaves, in order, counted, whatever a sink or a sender does."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from streamprior.crew import Sequencer, ThreadCrew, think
+from streamprior.errors import SinkUnavailable
+from streamprior.ledger import Ledger
+from streamprior.metrics import Meters
+from streamprior.outbox import Outbox
+from streamprior.pipeline import Pipeline
+from streamprior.prior import Prior
+from streamprior.records import Detector, Flag, Result, RunEnded, RunStarted
+from streamprior.runs import Runs
+from streamprior.stages.prepare import check_shape
+from streamprior.wire.dectris_v2 import StreamV2Decoder, encode_end, encode_image, encode_start
+from tests.builders import NAMES, diffraction, make_frame, make_recipe, make_run, small_prior
+
+DATE = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
+
+
+class Scripted:
+    """A source that hands over a list of messages and then has nothing more."""
+
+    name = "eiger"
+
+    def __init__(self, messages: Sequence[bytes]) -> None:
+        self._messages = deque(messages)
+        self.exhausted = False
+
+    def open(self) -> None: ...
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        self.exhausted = len(self._messages) <= 1
+        return self._messages.popleft() if self._messages else None
+
+    def close(self) -> None: ...
+
+
+class Kept:
+    """A sink that keeps what it is given, and can be told to fail or to get stuck."""
+
+    def __init__(self, name: str = "archive", complete: bool = True) -> None:
+        self.name, self.complete = name, complete
+        self.results: list[Result] = []
+        self.turns: list[str] = []
+        self.failures = 0
+        self.stuck: threading.Event | None = None
+
+    def open(self) -> None: ...
+
+    def begin(self, run: RunStarted) -> None:
+        self.turns.append("begin")
+
+    def write(self, results: Sequence[Result]) -> None:
+        if self.stuck is not None:
+            self.stuck.wait(30)
+        if self.failures:
+            self.failures -= 1
+            raise SinkUnavailable("the disk is away")
+        self.results += results
+
+    def end(self, run: RunEnded) -> None:
+        self.turns.append(f"end: {run.reason}")
+
+    def close(self) -> None:
+        self.turns.append("close")
+
+
+class House:
+    """The path with real stages and wire, a scripted source and sinks that the test holds."""
+
+    def __init__(self, messages: Sequence[bytes], sinks: Sequence[Kept], prior: Prior | None = None, workers: int = 2) -> None:
+        self.prior = prior or small_prior()
+        self.recipe = make_recipe(self.prior)
+        self.ledger = Ledger(sink.name for sink in sinks if sink.complete)
+        self.meters = Meters("eiger", self.recipe.stage_names, [sink.name for sink in sinks], NAMES, self.recipe.signals)
+        self.quarantined: list[str] = []
+        self.path = Pipeline(
+            Scripted(messages),
+            StreamV2Decoder("eiger", max_message_bytes=100_000),
+            Runs(self.ledger.distinct, late_s=0.1, idle_s=60),
+            ThreadCrew(self.recipe.stages, self.prior, workers, 4, 2**20, self.meters.stage),
+            self.recipe.watches(),
+            [Outbox(sink, 2**20, self.ledger, self.meters) for sink in sinks],
+            self.ledger,
+            self.meters,
+            2**20,
+            admit=lambda counts: check_shape(counts, self.prior.geometry),
+            keep=lambda message, error: self.quarantined.append(error.reason),
+        )
+
+    def run(self) -> House:
+        self.path.start()
+        assert self.path.join(60)
+        assert self.path.failure is None
+        return self
+
+
+def image(counts: np.ndarray, index: int, series: int = 1) -> bytes:
+    return encode_image(series, f"S{series}", index, counts, 0.0, DATE)
+
+
+def series(frames: np.ndarray, number: int = 1) -> list[bytes]:
+    start = encode_start(number, f"S{number}", Detector(shape=frames.shape[1:]), len(frames), frames.dtype, {})
+    return [start, *(image(counts, i, number) for i, counts in enumerate(frames)), encode_end(number, f"S{number}")]
+
+
+def test_every_frame_of_a_series_is_published_in_order_and_the_ledger_balances() -> None:
+    archive = Kept()
+    house = House(series(diffraction(count=40)), [archive]).run()
+    assert [result.index for result in archive.results] == list(range(40))
+    assert archive.turns == ["begin", "end: end", "close"]
+    (account,) = house.ledger.runs()
+    assert (account["received"], account["published"], account["in_flight"], account["missing"]) == (40, 40, 0, 0)
+    assert account["balanced"]
+
+
+def test_rooms_can_be_walked_by_hand_in_one_thread() -> None:
+    archive = Kept()
+    house = House(series(diffraction(count=3)), [archive], workers=1)
+    for step in house.path.rooms().values():
+        while step():
+            pass
+    assert [result.index for result in archive.results] == [0, 1, 2]
+
+
+def test_live_results_are_bit_identical_to_the_composed_stages_on_the_same_frames() -> None:
+    frames = diffraction(count=24)
+    archive = Kept()
+    house = House(series(frames), [archive]).run()
+    for batch in (1, 5, 24):
+        stages = house.recipe.stages()
+        for first in range(0, 24, batch):
+            part = [make_frame(counts, first + i) for i, counts in enumerate(frames[first : first + batch])]
+            for offline, live in zip(think(stages, house.prior, make_run(), part), archive.results[first : first + batch], strict=True):
+                np.testing.assert_array_equal(offline.classes, live.classes)
+                np.testing.assert_array_equal(offline.object, live.object)
+                assert (offline.chi2, offline.class_distance) == (live.chi2, live.class_distance)
+
+
+def test_bad_messages_between_good_ones_are_quarantined_and_every_good_one_is_published() -> None:
+    frames = diffraction(count=12)
+    messages = series(frames)
+    good = messages[5]
+    messages[5:5] = [
+        b"garbage",
+        good[: len(good) // 2],
+        image(np.zeros((32, 16), np.uint16), 90),
+        image(np.zeros((32, 32), np.uint8), 91),
+        b"\0" * 200_000,
+    ]
+    archive = Kept()
+    house = House(messages, [archive]).run()
+    assert sorted(result.index for result in archive.results) == list(range(12))
+    assert house.quarantined == ["not_cbor", "not_cbor", "wrong_shape", "wrong_dtype", "too_large"]
+    (account,) = house.ledger.runs()
+    assert account["balanced"]
+    assert (account["received"], account["published"]) == (17, 12)
+    assert house.meters.registry.get_sample_value("streamprior_frames_quarantined_total", {"reason": "too_large"}) == 1
+
+
+def test_frames_of_another_shape_than_the_priors_are_quarantined_by_name() -> None:
+    house = House(series(diffraction((16, 16), count=3)), [Kept()]).run()
+    (account,) = house.ledger.runs()
+    assert account["quarantined"] == {"wrong_shape": 3}
+    assert account["balanced"]
+    assert house.ledger.frame(account["run"], 1) == "quarantined: wrong_shape"
+
+
+def test_duplicates_late_and_reordered_frames_are_recognised() -> None:
+    frames = diffraction(count=6)
+    start, *images, end = series(frames)
+    messages = [start, images[1], images[0], images[1], *images[2:], end, images[3]]
+    archive = Kept()
+    house = House(messages, [archive]).run()
+    assert sorted(result.index for result in archive.results) == list(range(6))
+    (account,) = house.ledger.runs()
+    assert account["dropped"] == {"decode/duplicate": 1, "decode/late": 1}
+    assert account["balanced"]
+
+
+def test_missing_start_and_end_and_a_second_series_make_two_runs() -> None:
+    frames = diffraction(count=4)
+    messages = [*series(frames, 1)[1:-1], *series(frames, 2)]
+    archive = Kept()
+    house = House(messages, [archive]).run()
+    second, first = house.ledger.runs()
+    assert (first["series"], first["reason"], first["published"]) == ("S1", "new_series", 4)
+    assert (second["series"], second["reason"], second["published"]) == ("S2", "end", 4)
+    assert archive.turns == ["begin", "end: new_series", "begin", "end: end", "close"]
+
+
+def test_frames_without_photons_or_numbers_are_flagged_and_do_not_stop_the_run() -> None:
+    frames = diffraction(count=4).astype(np.float32)
+    frames[1] = 0
+    frames[2] = np.nan
+    frames[3, 5, 5] = np.inf
+    archive = Kept()
+    House(series(frames), [archive]).run()
+    flags = [Flag(result.flags) for result in archive.results]
+    assert flags[0] == Flag(0)
+    assert Flag.EMPTY in flags[1]
+    assert Flag.EMPTY in flags[2]
+    assert Flag.NONFINITE in flags[2]
+    assert flags[3] == Flag.NONFINITE
+    assert np.isnan(archive.results[1].chi2)
+    assert np.isfinite(archive.results[3].chi2), "one bad pixel is left free, the frame is refined"
+
+
+def test_a_stuck_live_sink_does_not_delay_the_archive() -> None:
+    archive, live = Kept(), Kept("live", complete=False)
+    live.stuck = threading.Event()
+    house = House(series(diffraction(count=60)), [archive, live])
+    house.path.start()
+    with_archive = [thread for thread in threading.enumerate() if thread.name == "publish-archive"]
+    with_archive[0].join(30)
+    assert len(archive.results) == 60
+    assert len(live.results) == 0
+    live.stuck.set()
+    assert house.path.join(30)
+    assert live.results[-1].index == 59, "the newest one wins"
+    assert house.ledger.runs()[0]["balanced"]
+
+
+def test_an_archive_that_is_away_for_a_while_loses_nothing() -> None:
+    archive = Kept()
+    archive.failures = 3
+    house = House(series(diffraction(count=10)), [archive]).run()
+    assert [result.index for result in archive.results] == list(range(10))
+    assert house.ledger.runs()[0]["balanced"]
+    assert house.meters.registry.get_sample_value("streamprior_sink_up", {"sink": "archive"}) == 1
+
+
+def test_leaving_before_the_path_is_empty_counts_what_was_left_behind() -> None:
+    archive = Kept()
+    archive.failures = 10**9
+    house = House(series(diffraction(count=10)), [archive])
+    house.path.start()
+    house.path.abandon()
+    assert house.path.join(30)
+    house.ledger.write_off()
+    assert house.ledger.is_balanced()
+
+
+def test_an_error_of_our_own_stops_the_path_and_is_remembered() -> None:
+    class Broken(Kept):
+        def write(self, results: Sequence[Result]) -> None:
+            raise ZeroDivisionError("a bug")
+
+    house = House(series(diffraction(count=3)), [Broken()])
+    house.path.start()
+    assert house.path.ended.wait(30)
+    assert isinstance(house.path.failure, ZeroDivisionError)
+
+
+def test_the_sequencer_restores_the_order_and_lets_the_next_one_in_when_its_budget_is_spent() -> None:
+    ended = [RunEnded(str(n), "end", 0.0) for n in range(5)]
+    sequencer = Sequencer(budget_bytes=2 * ended[0].nbytes)
+    sequencer.put(2, ended[2])
+    sequencer.put(1, ended[1])
+    assert sequencer.take(9, timeout_s=0) == []
+    waiting = threading.Thread(target=sequencer.put, args=(3, ended[3]))
+    waiting.start()
+    sequencer.put(0, ended[0])
+    assert [item.uid for item in sequencer.take(9)] == ["0", "1", "2"]
+    waiting.join(5)
+    assert [item.uid for item in sequencer.take(9)] == ["3"]
+    sequencer.close()
+    assert sequencer.take(9) is None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_masks_go_on_when_refinement_is_off(enabled: bool) -> None:
+    recipe = make_recipe(small_prior())
+    recipe = type(recipe)(recipe.prior, recipe.prepare, recipe.refine.model_copy(update={"enabled": enabled}), recipe.drift)
+    (result,) = think(recipe.stages(), recipe.prior, make_run(), [make_frame(diffraction()[0])])
+    assert (Flag.NOT_REFINED in Flag(result.flags)) is not enabled
+    assert set(np.unique(result.classes)) <= {0, 1, 2}

@@ -1,0 +1,123 @@
+"""Start and end messages are hints: runs open and close rightly whichever of them the wire lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from streamprior.records import Detector, Frame, RunEnded, RunStarted, SeriesEnd, SeriesStart
+from streamprior.runs import LateFrame, Runs
+
+
+class Hall:
+    """Runs with a clock and a count that the test moves by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.count = 0
+        self.runs = Runs(lambda uid: self.count, late_s=1.0, idle_s=60.0, clock=lambda: self.now)
+
+
+def start(series: str = "A", expected: int | None = 3) -> SeriesStart:
+    return SeriesStart("eiger", series, expected, Detector(shape=(4, 4)))
+
+
+def frame(series: str = "A", index: int = 0) -> Frame:
+    return Frame("eiger", series, index, np.zeros((4, 4), np.uint16), 0.0)
+
+
+def test_a_whole_series_opens_and_closes_by_its_messages() -> None:
+    hall = Hall()
+    (opened,) = hall.runs.start(start())
+    assert isinstance(opened, RunStarted)
+    assert opened.expected == 3
+    changes, received = hall.runs.frame(frame())
+    assert changes == []
+    assert received.run == opened.uid
+    hall.count = 3
+    (ended,) = hall.runs.end(SeriesEnd("eiger", "A"))
+    assert (ended.uid, ended.reason) == (opened.uid, "end")
+
+
+def test_a_frame_opens_a_run_when_its_start_is_missing() -> None:
+    hall = Hall()
+    (opened,), received = hall.runs.frame(frame("B"))
+    assert isinstance(opened, RunStarted)
+    assert (opened.series, opened.expected, received.run) == ("B", None, opened.uid)
+
+
+def test_an_end_message_waits_for_frames_that_are_still_under_way() -> None:
+    hall = Hall()
+    hall.runs.start(start())
+    hall.count = 2
+    assert hall.runs.end(SeriesEnd("eiger", "A")) == []
+    hall.now = 0.5
+    hall.runs.frame(frame(index=2))
+    hall.count = 3
+    (ended,) = hall.runs.tick()
+    assert ended.reason == "end"
+
+
+def test_an_end_message_with_missing_frames_closes_after_the_late_time() -> None:
+    hall = Hall()
+    hall.runs.start(start())
+    hall.runs.end(SeriesEnd("eiger", "A"))
+    hall.now = 0.9
+    assert hall.runs.tick() == []
+    hall.now = 1.1
+    assert [ended.reason for ended in hall.runs.tick()] == ["end"]
+
+
+def test_a_missing_end_message_closes_when_all_frames_are_in() -> None:
+    hall = Hall()
+    hall.runs.start(start())
+    hall.count = 3
+    assert hall.runs.tick() == []
+    hall.now = 1.1
+    assert [ended.reason for ended in hall.runs.tick()] == ["complete"]
+
+
+def test_a_new_series_closes_the_old_one() -> None:
+    hall = Hall()
+    (first,) = hall.runs.start(start("A"))
+    ended, second = hall.runs.start(start("B"))
+    assert isinstance(ended, RunEnded)
+    assert (ended.uid, ended.reason) == (first.uid, "new_series")
+    assert second.series == "B"
+
+
+def test_a_frame_of_a_closed_series_is_late_and_names_its_run() -> None:
+    hall = Hall()
+    (first,) = hall.runs.start(start("A"))
+    hall.runs.start(start("B"))
+    with pytest.raises(LateFrame) as late:
+        hall.runs.frame(frame("A"))
+    assert late.value.uid == first.uid
+    assert hall.runs.current.series == "B", "a stray frame does not reopen its series"
+
+
+def test_a_series_that_starts_again_is_a_new_run() -> None:
+    hall = Hall()
+    (first,) = hall.runs.start(start("A"))
+    hall.runs.start(start("B"))
+    *_, again = hall.runs.start(start("A"))
+    assert again.uid != first.uid
+    assert hall.runs.frame(frame("A"))[1].run == again.uid
+
+
+def test_a_repeated_start_changes_nothing_and_a_stray_end_neither() -> None:
+    hall = Hall()
+    (first,) = hall.runs.start(start("A"))
+    assert hall.runs.start(start("A")) == []
+    assert hall.runs.end(SeriesEnd("eiger", "Z")) == []
+    assert hall.runs.current == first
+
+
+def test_silence_closes_a_run_without_end() -> None:
+    hall = Hall()
+    hall.runs.frame(frame("A"))
+    hall.now = 59.0
+    assert hall.runs.tick() == []
+    hall.now = 60.0
+    assert [ended.reason for ended in hall.runs.tick()] == ["idle"]
+    assert hall.runs.tick() == []
