@@ -1,0 +1,355 @@
+"""The command line: teaches by --help, shows progress, and says what to do when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from streamprior import __version__
+from streamprior.errors import ConfigError, SinkUnavailable
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pixel classes, prior-started phase retrieval and drift metrics for every frame of an X-ray detector, while the scan runs.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ToOption = Annotated[str, typer.Option("--to", help="ZMQ address of the receiver, tcp://HOST:PORT.")]
+FramesOption = Annotated[str, typer.Option(help="Python slice of the frames, for example 0::2.")]
+
+Report = Callable[[str, int, int], None]
+"""(what, done, total): how long work says where it stands."""
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """The operator's mistakes end with a sentence and exit code 2, not with a traceback."""
+    try:
+        yield
+    except (ConfigError, SinkUnavailable) as error:
+        err.print("[bold red]error:[/] ", end="")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Bars on standard error, one for each thing that is reported."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    headless: Annotated[bool, typer.Option("--headless", help="End by itself after one run, print the ledger.")] = False,
+    frames: Annotated[int, typer.Option(min=8, help="Frames of a run.")] = 400,
+    rate: Annotated[float, typer.Option(min=0.1, help="Frames a second.")] = 100.0,
+    scenario: Annotated[str, typer.Option(help="Scenario of the digital twin: a bundled name or a YAML file.")] = "bragg",
+    folder: Annotated[Path | None, typer.Option(help="Keep archive, prior and Tiled's catalog here (default: a temporary folder).")] = None,
+    port: Annotated[int, typer.Option(help="Port of page and metrics; 0 takes a free one.")] = 9870,
+) -> None:
+    """The digital twin over a real socket into an embedded Tiled, with page and metrics on; prints where to look.
+
+    Example: streamprior demo --headless --frames 400
+    """
+    from streamprior import demo as show
+
+    settings = show.DemoSettings(scenario, frames, rate, headless, port)
+    with faults(), show.workplace(folder) as place:
+        prior = place / f"prior-{Path(scenario).stem}.h5"
+        if not prior.exists():
+            _grow_from_twin(scenario, prior)
+        raise typer.Exit(show.run(settings, place, prior, out))
+
+
+def _grow_from_twin(scenario: str, path: Path) -> None:
+    """The demo's prior: grown on every fourth frame of the twin's scan, as last month's scan would be."""
+    from streamprior.prior import save_prior
+    from streamprior.train.grow import grow_prior
+
+    twin = _twin(scenario)
+    chosen = list(range(0, len(twin), 4))
+    with progress() as report:
+        prior = grow_prior(_Chosen(twin, chosen), progress=report, provenance={"twin": scenario, "frames": "0::4"})
+    save_prior(prior, path)
+
+
+class _Chosen:
+    """Some frames of the twin, as the trainer reads them."""
+
+    def __init__(self, twin: Any, indices: list[int]) -> None:
+        self._twin, self._indices = twin, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> Any:
+        return self._twin.frame(self._indices[i])
+
+
+def _twin(scenario: str) -> Any:
+    from streamprior_sim.scenario import load_scenario
+    from streamprior_sim.twin import build
+
+    return build(load_scenario(scenario))
+
+
+@app.command()
+def run(config: Annotated[Path, typer.Argument(help="YAML configuration; `streamprior check --example` prints one.")]) -> None:
+    """The daemon: receive, classify, refine, archive, until SIGTERM.
+
+    Exit codes: 0 drained and balanced, 1 our own failure, 2 configuration, 3 left before everything was out.
+
+    Example: streamprior run beamline.yaml
+    """
+    from streamprior import daemon
+    from streamprior.config import load_config
+
+    with faults():
+        settings = load_config(config)
+        daemon.configure_logging(settings.log)
+        running = daemon.build(settings)
+        code = daemon.run(running)
+    _print_accounts(running.ledger.runs())
+    raise typer.Exit(code)
+
+
+@app.command()
+def check(
+    config: Annotated[Path | None, typer.Argument(help="YAML configuration.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a configuration with every setting and its reason.")] = False,
+) -> None:
+    """Pre-flight: every setting, socket, path, prior, Tiled and GPU; says what to do about each failure. Exit 2 if any fails.
+
+    Example: streamprior check beamline.yaml
+    """
+    from streamprior.config import example_yaml, load_config
+    from streamprior.preflight import inspect
+
+    if example or config is None:
+        out.print(example_yaml(), markup=False, highlight=False, soft_wrap=True, end="")
+        raise typer.Exit(0 if example else 2)
+    with faults():
+        findings = list(inspect(load_config(config)))
+    for finding in findings:
+        mark = "[green]ok  [/]" if finding.fine else "[bold red]FAIL[/]"
+        out.print(f"{mark} {finding.what:13}", end="")
+        out.print(finding.sentence, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if all(finding.fine for finding in findings) else 2)
+
+
+@app.command()
+def replay(
+    file: Annotated[str, typer.Argument(help="CXI, NeXus/HDF5 (FILE::/path/in/file), .npy or a folder of TIFFs.")],
+    to: ToOption = "tcp://127.0.0.1:31001",
+    wire: Annotated[str, typer.Option(help="Wire format: dectris-v2.")] = "dectris-v2",
+    rate: Annotated[float, typer.Option(min=0.001, help="Frames a second.")] = 100.0,
+    frames: FramesOption = ":",
+) -> None:
+    """A recorded beamtime, on the wire: each frame as the detector would send it, with its position where the file has one.
+
+    Example: streamprior replay scan.cxi --to tcp://127.0.0.1:31001 --frames 1::2 --rate 100
+    """
+    from streamprior.sources.files import open_recording
+
+    if wire != "dectris-v2":
+        raise typer.BadParameter(f"{wire!r} is not spoken in this version; use dectris-v2", param_hint="--wire")
+    with faults():
+        recording = open_recording(file, frames)
+        _send(recording, to, rate, f"replay {recording.path.name}")
+
+
+@app.command()
+def twin(
+    scenario: Annotated[str, typer.Argument(help="A bundled scenario (bragg, gold_balls, ...) or a YAML file.")],
+    to: Annotated[str | None, typer.Option("--to", help="ZMQ address of the receiver, tcp://HOST:PORT.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Frames a second (default: the scenario's).")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="How many frames (default: the scenario's).")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the frames to a CXI file instead of sending them.")] = None,
+) -> None:
+    """The digital twin: simulated frames of a physical forward model, on the wire or in a file.
+
+    Example: streamprior twin bragg --to tcp://127.0.0.1:31001 --rate 100
+    """
+    from streamprior_sim.cxi import save as save_frames
+    from streamprior_sim.twin import Prerendered
+
+    if (to is None) == (save is None):
+        raise typer.BadParameter("give either --to ADDRESS or --save FILE", param_hint="--to / --save")
+    with faults():
+        made = _twin(scenario)
+        if save is not None:
+            with progress() as report:
+                save_frames(made, save, slice(frames), lambda done, total: report("writing", done, total))
+            return
+        assert to is not None
+        # Rendered beforehand: the physics of a frame takes longer than a fast detector gives it.
+        wanted = min(frames or len(made), len(made))
+        with progress() as report:
+            rendered = Prerendered(made, wanted, wanted, lambda done, total: report("rendering", done, total))
+        _send(rendered, to, rate or made.scenario.rate_hz, f"twin {scenario}")
+
+
+def _send(recording: Any, to: str, rate: float, what: str) -> None:
+    from streamprior_sim.emit import emit, zmq_sender
+
+    with progress() as report, zmq_sender(to) as sender:
+        emitted = emit(recording, sender, rate, progress=lambda done, total: report(what, done, total))
+    late = f", {emitted.late} later than their turn" if emitted.late else ""
+    err.print(f"{emitted.sent} messages sent in {emitted.seconds:.1f} s{late}", highlight=False)
+
+
+@app.command()
+def train(
+    files: Annotated[list[str], typer.Argument(help="Recorded frames: CXI, NeXus/HDF5 (FILE::/path/in/file), .npy, folder of TIFFs.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the prior goes.")] = Path("prior.h5"),
+    frames: FramesOption = ":",
+    classes: Annotated[int | None, typer.Option(min=2, max=32, help="Number of classes (default: the elbow decides).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and SOM: the same seed, input and settings give the same prior.")] = 0,
+) -> None:
+    """Grow a prior from recorded frames, without labels, and freeze it.
+
+    Example: streamprior train scan.cxi --frames 0::2 -o prior.h5
+    """
+    from streamprior.prior import save_prior
+    from streamprior.sources.files import open_recording
+    from streamprior.train.grow import grow_prior
+    from streamprior.train.settings import TrainSettings
+
+    with faults():
+        if len(files) != 1:
+            raise ConfigError("training on several files comes with a later version; give one file, or one folder of TIFFs")
+        recording = open_recording(files[0], frames)
+        started = time.monotonic()
+        with progress() as report:
+            grown = grow_prior(
+                recording,
+                settings=TrainSettings(classes=classes, seed=seed),
+                progress=report,
+                provenance={"file": recording.path.name, "frames": frames, "version": __version__},
+            )
+        prior = save_prior(grown, output)
+    _print_prior(prior, output, time.monotonic() - started)
+
+
+@app.command()
+def ledger(
+    url: Annotated[str, typer.Option(help="Address of the daemon's HTTP port.")] = "http://127.0.0.1:9870",
+    run: Annotated[str | None, typer.Option(help="Uid of a run (default: all; with --frame the newest).")] = None,
+    frame: Annotated[int | None, typer.Option(help="Index of a frame: what became of it?")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of sentences.")] = False,
+) -> None:
+    """What became of every frame. Exit 1 if a ledger does not balance.
+
+    Example: streamprior ledger --url http://127.0.0.1:9870 --frame 812
+    """
+    query = "&".join(f"{key}={value}" for key, value in (("run", run), ("frame", frame)) if value is not None)
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/ledger?{query}", timeout=10) as answer:
+            found = json.load(answer)
+    except urllib.error.HTTPError as error:
+        err.print(f"[bold red]error:[/] {json.load(error).get('error', error)}")
+        raise typer.Exit(2) from None
+    except OSError as error:
+        err.print(f"[bold red]error:[/] no daemon answers at {url} ({error}); is it running, and is http.port the same?")
+        raise typer.Exit(2) from None
+    if as_json:
+        out.print_json(data=found)
+    elif "fate" in found:
+        out.print(f"frame {found['frame']} of run {found['run']}: {found['fate']}", highlight=False)
+    else:
+        _print_accounts(found.get("runs", [found]))
+    raise typer.Exit(0 if found.get("balanced", True) else 1)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="classify, refine, path or all.")] = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON line each instead of a table.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of each measurement.")] = 5,
+) -> None:
+    """The benchmarks: ours beside the limit and beside what one would take instead, as ratios within one run.
+
+    Example: streamprior bench refine --json
+    """
+    from streamprior_bench import BENCHMARKS, machine
+
+    if what != "all" and what not in BENCHMARKS:
+        raise typer.BadParameter(f"{what!r}: choose from {', '.join(BENCHMARKS)}, all", param_hint="what")
+    if as_json:
+        print(json.dumps({"machine": machine()}), flush=True)  # noqa: T201 - exact lines, without a console's wrapping
+    for name in BENCHMARKS if what == "all" else (what,):
+        rows = []
+        for row in BENCHMARKS[name](repeats=repeats):
+            rows.append(row)
+            if as_json:
+                print(json.dumps({"benchmark": name, **row}), flush=True)  # noqa: T201
+        if not as_json:
+            _print_rows(name, rows)
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(f"{row[key]:.4g}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in columns))
+    out.print(table)
+
+
+def _print_accounts(accounts: list[dict[str, Any]]) -> None:
+    from streamprior.ledger import account_line
+
+    for account in accounts:
+        out.print(account_line(account), markup=False, highlight=False, soft_wrap=True)
+    if not accounts:
+        out.print("no run yet")
+
+
+def _print_prior(prior: Any, path: Path, seconds: float) -> None:
+    geometry = prior.geometry
+    out.print(f"[bold]{path}[/]: grown in {seconds:.0f} s, content hash {prior.content_hash}", highlight=False, soft_wrap=True)
+    out.print(
+        f"frames of {geometry.detector_shape[0]} x {geometry.detector_shape[1]}, cropped to {geometry.shape[0]} x {geometry.shape[1]}"
+        f" around {geometry.centre}, support of {int(prior.support.sum())} pixels",
+        highlight=False,
+    )
+    table = Table("class", "share of pixels", "mean radius, px", "mean photons")
+    radius, photons = prior.training["class_mean_radius"], prior.training["class_mean_intensity"]
+    for k, name in enumerate(prior.class_names):
+        table.add_row(name, f"{prior.baselines[f'fraction_{name}'][0]:.3f}", f"{radius[k]:.1f}", f"{photons[k]:.2f}")
+    out.print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,235 @@
+"""The composition root: settings -> objects, wired once; signals; exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import structlog
+
+from streamprior import __version__
+from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
+from streamprior.crew import ThreadCrew
+from streamprior.errors import ConfigError
+from streamprior.ledger import Ledger
+from streamprior.metrics import Meters
+from streamprior.outbox import Outbox
+from streamprior.pipeline import Pipeline
+from streamprior.prior import Prior, load_prior
+from streamprior.quarantine import Quarantine
+from streamprior.runs import Runs
+from streamprior.seams import Decoder, Sink, Source, Watch
+from streamprior.server import HttpServer, make_app
+from streamprior.sinks.archive import Archive
+from streamprior.sinks.catalog import Catalog
+from streamprior.sinks.live import LatestArrays
+from streamprior.sinks.page import LivePage
+from streamprior.sinks.prometheus import Prometheus
+from streamprior.sources.files import AsRead, FileSource, open_recording
+from streamprior.sources.zmq import ZmqPull
+from streamprior.stages.prepare import check_shape
+from streamprior.stages.recipe import Recipe
+from streamprior.wire.dectris_v2 import StreamV2Decoder
+
+log = structlog.get_logger(__name__)
+
+EXIT_OK, EXIT_OURS, EXIT_CONFIG, EXIT_NOT_DRAINED = 0, 1, 2, 3
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """Everything that runs, in the order it is started; stopped in the opposite one."""
+
+    config: Config
+    recipe: Recipe
+    ledger: Ledger
+    source: Source
+    pipeline: Pipeline
+    catalog: Catalog | None
+    server: HttpServer
+
+
+def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
+    """Make every object and connect them. Nothing is opened yet but the prior.
+
+    `watches` are put behind the recipe's own (the demo's stopwatch). Raises ConfigError.
+    """
+    prior = load_prior(config.prior)
+    recipe = Recipe(prior, config.prepare, config.refine, config.drift)
+    source, decoder = _source(config, prior)
+    catalog, sinks = _sinks(config, prior, recipe)
+    ledger = Ledger(sink.name for sink in sinks if sink.complete)
+    page = LivePage(prior)
+    meters = Meters(
+        config.source.name, recipe.stage_names, [*(sink.name for sink in sinks), "page", "prometheus"], prior.class_names, recipe.signals
+    )
+    meters.build_info(version=__version__, prior=prior.content_hash, configuration=config.content_hash, device=device())
+    outboxes = [Outbox(sink, config.queues.outbox_mb * _MIB, ledger, meters) for sink in sinks if sink.complete]
+    # A live sink holds no more than a few results: it shows the newest.
+    outboxes += [Outbox(sink, _MIB, ledger, meters) for sink in [*sinks, page, Prometheus(meters)] if not sink.complete]
+    crew = ThreadCrew(
+        recipe.stages,
+        prior,
+        config.compute.workers or len(os.sched_getaffinity(0)),
+        config.compute.batch_frames,
+        config.queues.compute_mb * _MIB,
+        meters.stage,
+    )
+    pipeline = Pipeline(
+        source,
+        decoder,
+        Runs(ledger.distinct, config.runs.late_s, config.runs.idle_s),
+        crew,
+        [*recipe.watches(), *watches],
+        outboxes,
+        ledger,
+        meters,
+        config.queues.receive_mb * _MIB,
+        config.queues.receive_policy,
+        admit=lambda counts: check_shape(counts, prior.geometry),
+        keep=Quarantine(state_folder() / "quarantine").keep,
+    )
+    queues: dict[str, Callable[[], int]] = {
+        "receive": lambda: pipeline.received.nbytes,
+        "compute": lambda: crew.queued_bytes,
+        "sequence": lambda: crew.waiting_bytes,
+    }
+    queues |= {outbox.sink.name: _bytes_of(outbox) for outbox in outboxes}
+    meters.watch(ledger.in_flight, ledger.missing, queues)
+
+    def ready() -> dict[str, bool]:
+        state = {f"sink_{outbox.sink.name}": outbox.up for outbox in outboxes}
+        state |= {"path": bool(pipeline.started and pipeline.failure is None)}
+        return state | ({"tiled": catalog.up} if catalog is not None else {})
+
+    server = HttpServer(make_app(meters.registry, ledger, page, ready), config.http)
+    return Daemon(config, recipe, ledger, source, pipeline, catalog, server)
+
+
+def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
+    """Start, serve until a signal, the end of a file source or `until()`; drain; leave. Returns the exit code.
+
+    0: drained and balanced. 1: our own failure, or a ledger that does not balance. 3: the time to drain was over, or a second signal
+    came; what was left behind is in the ledger as dropped. ConfigError (exit 2) is raised before anything is accepted.
+    """
+    signals = _Signals()
+    log.info("warming up", kernels=str(state_folder()))
+    daemon.recipe.warm_up()
+    daemon.server.start()
+    try:
+        daemon.source.open()
+    except ConfigError:
+        daemon.server.stop()
+        raise
+    if daemon.catalog is not None:
+        daemon.catalog.start()
+    daemon.pipeline.start()
+    log.info("ready", page=daemon.server.url, source=getattr(daemon.source, "address", daemon.source.name))
+    with signals:
+        while not (signals.count or until() or daemon.pipeline.ended.wait(0.1)):
+            pass
+        drained = _drain(daemon, signals)
+    if daemon.catalog is not None:
+        daemon.catalog.close(daemon.config.runs.drain_s if drained else 0.0)
+    daemon.server.stop()
+    if daemon.pipeline.failure is not None or not daemon.ledger.is_balanced():
+        return EXIT_OURS
+    return EXIT_OK if drained else EXIT_NOT_DRAINED
+
+
+def _drain(daemon: Daemon, signals: _Signals) -> bool:
+    """Let the rooms empty in order; False when that was cut short."""
+    daemon.pipeline.stop()
+    waited = 0.0
+    while not daemon.pipeline.ended.wait(0.1):
+        waited += 0.1
+        if waited >= daemon.config.runs.drain_s or signals.count > 1:
+            daemon.pipeline.abandon()
+            daemon.pipeline.join(2.0)
+            left = daemon.ledger.write_off()
+            log.error("left before the path was empty", frames_left_behind=left)
+            return False
+    if daemon.pipeline.failure is not None:
+        daemon.ledger.write_off()
+    return True
+
+
+class _Signals:
+    """Counts SIGTERM and SIGINT; a handler only sets a number. Elsewhere than in the main thread it counts nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def _source(config: Config, prior: Prior) -> tuple[Source, Decoder]:
+    settings = config.source
+    if settings.kind == "file":
+        source = FileSource(settings)
+        if settings.path is not None:
+            open_recording(settings.path, settings.frames)
+        return source, AsRead()
+    return ZmqPull(settings), StreamV2Decoder(settings.name, settings.channel, settings.max_message_mb * _MIB)
+
+
+def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None, list[Sink]]:
+    """The archive, and Tiled beside it where the configuration names one."""
+    provenance = {
+        "prior_hash": prior.content_hash,
+        "configuration_hash": config.content_hash,
+        "version": __version__,
+        "recipe": config.recipe,
+        "device": device(),
+    }
+    catalog, live = None, []
+    if config.tiled.uri is not None:
+        key = tiled_api_key(config.tiled)
+        catalog = Catalog(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
+        live.append(LatestArrays(config.tiled.uri, key, config.tiled.parent, config.tiled.live_hz))
+    growth = catalog.announce if catalog is not None else lambda folder: None
+    archive = Archive(config.archive.folder, prior, provenance, growth, recipe.signals, config.archive.chunk_frames)
+    return catalog, [archive, *live]
+
+
+def _bytes_of(outbox: Outbox) -> Callable[[], int]:
+    return lambda: outbox.mailbox.nbytes
+
+
+def device() -> str:
+    """What computed: part of every result's provenance."""
+    return f"cpu {platform.machine()} {platform.processor() or ''}".strip()
+
+
+def configure_logging(settings: LogSettings) -> None:
+    """structlog to standard error: for people, or a JSON line each for a collector."""
+    renderer: Any = structlog.processors.JSONRenderer() if settings.format == "json" else structlog.dev.ConsoleRenderer(colors=False)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(settings.level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(file=os.fdopen(os.dup(2), "w", buffering=1)),
+    )

@@ -1,0 +1,181 @@
+"""The demo: twin -> real socket -> daemon -> embedded Tiled, on this machine alone, and a summary of what happened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from streamprior import daemon
+from streamprior.config import make_config
+from streamprior.errors import ConfigError, SinkUnavailable
+from streamprior.ledger import account_line
+from streamprior.records import Result, RunStarted
+from streamprior.sinks.archive import read_run, run_folders
+from streamprior.sinks.embedded import EmbeddedTiled, embedded_tiled
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """scenario of the twin, frames and frames a second, whether it ends by itself, port of the page (0: any free one)."""
+
+    scenario: str
+    frames: int
+    rate_hz: float
+    headless: bool
+    port: int
+
+
+@contextmanager
+def workplace(folder: Path | None) -> Iterator[Path]:
+    """The demo's folder; a temporary one is removed with everything in it."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="streamprior-demo-") as temporary:
+        yield Path(temporary)
+
+
+class Stopwatch:
+    """Keeps the clocks of the newest results; it stands in the path where the drift watch does."""
+
+    name = "stopwatch"
+
+    def __init__(self, most: int = 100_000) -> None:
+        self.results: deque[tuple[float, tuple[tuple[str, float], ...]]] = deque(maxlen=most)
+
+    def begin(self, run: RunStarted) -> None: ...
+
+    def __call__(self, result: Result) -> Result:
+        exposed = result.detector_time if result.detector_time is not None else result.received
+        self.results.append((exposed, (("receive", result.received), *result.clock)))
+        return result
+
+
+def run(settings: DemoSettings, place: Path, prior: Path, out: Console) -> int:
+    """Start everything, wait (for the run's end when headless, for Ctrl-C otherwise), print the summary. Returns the exit code."""
+    archive = place / "archive"
+    archive.mkdir(exist_ok=True)
+    with out.status("starting Tiled, which takes some seconds"), _tiled(place, archive) as tiled:
+        stopwatch = Stopwatch()
+        config = make_config(
+            {
+                "prior": str(prior),
+                "source": {"address": "tcp://127.0.0.1:*", "name": "twin"},
+                "archive": {"folder": str(archive)},
+                "tiled": {"uri": tiled.uri, "api_key_file": str(_key_file(place, tiled))},
+                "http": {"port": settings.port},
+                "log": {"level": "warning"},
+            },
+            "demo",
+        )
+        daemon.configure_logging(config.log)
+        running = daemon.build(config, [stopwatch])
+        return _play(settings, running, stopwatch, tiled, archive, out)
+
+
+def _play(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatch, tiled: EmbeddedTiled, archive: Path, out: Console) -> int:
+    twins: list[subprocess.Popen[bytes]] = []
+
+    def until() -> bool:
+        """Called over and over by the daemon: starts the twin once the socket is there, and says when the run is over."""
+        if not twins:
+            _print_places(running, tiled, archive, settings, out)
+            twins.append(_start_twin(settings, running.source))
+        accounts = running.ledger.runs()
+        if twins[0].poll() not in (None, 0) and not accounts:
+            return True
+        over = bool(accounts) and accounts[0]["closed"] is not None
+        return settings.headless and over
+
+    try:
+        code = daemon.run(running, until)
+    finally:
+        for process in twins:
+            process.terminate()
+            process.wait()
+    return max(code, _summary(settings, running, stopwatch, archive, out))
+
+
+def _start_twin(settings: DemoSettings, source: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "streamprior.cli", "twin", settings.scenario, "--to", source.address]
+    return subprocess.Popen([*command, "--rate", str(settings.rate_hz), "--frames", str(settings.frames)], stderr=subprocess.DEVNULL)
+
+
+@contextmanager
+def _tiled(place: Path, archive: Path) -> Iterator[EmbeddedTiled]:
+    try:
+        with embedded_tiled(place / "tiled", [archive]) as tiled:
+            yield tiled
+    except SinkUnavailable as error:
+        raise ConfigError(f"demo: {error}") from None
+
+
+def _key_file(place: Path, tiled: EmbeddedTiled) -> Path:
+    file = place / "tiled-api-key"
+    file.touch(mode=0o600)
+    file.write_text(tiled.api_key)
+    return file
+
+
+def _print_places(running: daemon.Daemon, tiled: EmbeddedTiled, archive: Path, settings: DemoSettings, out: Console) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("live page", running.server.url)
+    table.add_row("metrics", f"{running.server.url}/metrics")
+    table.add_row("ledger", f"{running.server.url}/ledger")
+    table.add_row("Tiled", f"{tiled.uri}?api_key={tiled.api_key}")
+    table.add_row("in Python", f'tiled.client.from_uri("{tiled.uri}", api_key="{tiled.api_key}")["streamprior"]')
+    table.add_row("archive", str(archive))
+    out.print(table, soft_wrap=True)
+    ending = "ends by itself" if settings.headless else "Ctrl-C ends it"
+    out.print(f"{settings.frames} frames of scenario {settings.scenario} at {settings.rate_hz:g} Hz; {ending}", highlight=False)
+
+
+def _summary(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatch, archive: Path, out: Console) -> int:
+    """Ledger, rate and latencies; 1 unless every frame of a headless demo is published and the ledger balances."""
+    accounts = running.ledger.runs()
+    for account in accounts:
+        out.print(account_line(account), markup=False, highlight=False, soft_wrap=True)
+    if stopwatch.results:
+        _print_latencies(stopwatch, archive, out)
+    published = accounts[0]["published"] if accounts else 0
+    whole = running.ledger.is_balanced() and (published == settings.frames or not settings.headless)
+    out.print(f"{published} of {settings.frames} published, ledger {'balanced' if running.ledger.is_balanced() else 'NOT balanced'}")
+    return 0 if whole else 1
+
+
+def _print_latencies(stopwatch: Stopwatch, archive: Path, out: Console) -> None:
+    results = list(stopwatch.results)
+    received = np.array([dict(clock)["receive"] for _, clock in results])
+    rate = (len(results) - 1) / max(received[-1] - received[0], 1e-9) if len(results) > 1 else 0.0
+    out.print(f"{rate:.1f} frames/s")
+    table = Table("milliseconds", "p50", "p99", title="time a frame spends, by stage", title_justify="left")
+    stages = [name for name, _ in results[-1][1]]
+    before = np.array([exposed for exposed, _ in results])
+    for stage in stages:
+        done = np.array([dict(clock)[stage] for _, clock in results])
+        _add(table, {"receive": "wire: exposure to socket", "wait": "queue before the worker"}.get(stage, stage), done - before)
+        before = done
+    exposed = np.array([exposed for exposed, _ in results])
+    table.add_section()
+    for output, stage in (("mask", "classify"), ("reconstruction", "refine")):
+        if stage in stages:
+            _add(table, f"latency of the {output}", np.array([dict(clock)[stage] for _, clock in results]) - exposed)
+    frames = read_run(run_folders(archive)[-1]).frames
+    _add(table, "latency of the archive", frames["published"].to_numpy() - frames["detector_time"].to_numpy())
+    out.print(table)
+
+
+def _add(table: Table, name: str, seconds: Any) -> None:
+    table.add_row(name, f"{1e3 * np.percentile(seconds, 50):.2f}", f"{1e3 * np.percentile(seconds, 99):.2f}")

@@ -1,0 +1,131 @@
+"""A configuration -> what would go wrong with it, each finding with a remedy, before a beamtime finds out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from starlette.applications import Starlette
+
+from streamprior.config import Config, HttpSettings, state_folder, tiled_api_key
+from streamprior.errors import ConfigError
+from streamprior.prior import load_prior
+from streamprior.server import HttpServer
+from streamprior.sinks.tiled_api import probe
+from streamprior.sources.files import load_plane, open_recording
+from streamprior.sources.zmq import ZmqPull
+
+_LEAST_FREE_BYTES = 10 * 2**30
+"""10 GiB hold about 100,000 frames of 128 x 128 with objects of 64 x 64."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, whether it is fine, and a sentence: what was found, and what to do where it is not fine."""
+
+    what: str
+    fine: bool
+    sentence: str
+
+
+def inspect(config: Config) -> Iterator[Finding]:
+    """Look at every part of the configuration; yields one finding each, in the order of the path."""
+    looks: dict[str, Callable[[], str]] = {
+        "prior": lambda: _prior(config),
+        "corrections": lambda: _corrections(config),
+        "source": lambda: _source(config),
+        "http": lambda: _http(config.http),
+        "archive": lambda: _archive(config),
+        "tiled": lambda: _tiled(config),
+        "state folder": _state,
+        "FFT": _fft,
+        "GPU": _gpu,
+    }
+    for what, look in looks.items():
+        try:
+            yield Finding(what, True, look())
+        except ConfigError as error:
+            yield Finding(what, False, str(error))
+
+
+def _prior(config: Config) -> str:
+    prior = load_prior(config.prior)
+    shape = prior.geometry.detector_shape
+    return f"{config.prior}: {len(prior.class_names)} classes, for frames of {shape[0]} x {shape[1]}, hash {prior.content_hash[:12]}"
+
+
+def _corrections(config: Config) -> str:
+    files = [file for file in (config.prepare.mask, config.prepare.flat, config.prepare.dark) if file is not None]
+    shape = load_prior(config.prior).geometry.detector_shape if files else (0, 0)
+    for file in files:
+        load_plane(file, shape)
+    return ", ".join(map(str, files)) or "none but what the start message brings"
+
+
+def _source(config: Config) -> str:
+    settings = config.source
+    if settings.kind == "file":
+        if settings.path is None:
+            raise ConfigError("source.path: a file source needs the path of a recorded run")
+        return f"{settings.path}: {len(open_recording(settings.path, settings.frames))} frames"
+    socket = ZmqPull(settings)
+    socket.open()
+    socket.close()
+    if settings.attach == "bind":
+        return f"{settings.address} can be bound"
+    return f"{settings.address} is well formed; whether a detector sends there shows only in a run"
+
+
+def _http(settings: HttpSettings) -> str:
+    server = HttpServer(Starlette(), settings)
+    server.listen()
+    server.stop()
+    return f"{settings.host}:{settings.port} is free"
+
+
+def _archive(config: Config) -> str:
+    folder = config.archive.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"archive.folder: {folder} cannot be written ({error.strerror}); name another or change its owner") from None
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_FREE_BYTES:
+        raise ConfigError(f"archive.folder: only {free / 2**30:.1f} GiB are free on {folder}; make room or name another folder")
+    return f"{folder} can be written, {free / 2**30:.0f} GiB free"
+
+
+def _tiled(config: Config) -> str:
+    if config.tiled.uri is None:
+        return "none named; results stay on disk"
+    problem = probe(config.tiled.uri, tiled_api_key(config.tiled))
+    if problem is not None:
+        raise ConfigError(f"tiled.uri: {problem}")
+    return f"{config.tiled.uri} answers"
+
+
+def _state() -> str:
+    folder = state_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"state folder {folder} cannot be written ({error.strerror}); set STREAMPRIOR_STATE to one that can") from None
+    return f"{folder} keeps compiled kernels, FFT plans and quarantined messages"
+
+
+def _fft() -> str:
+    if find_spec("pyfftw") is None:
+        return "scipy.fft; `pip install streamprior[fftw]` about doubles the rate of refinement (FFTW is GPL)"
+    return "FFTW through pyFFTW"
+
+
+def _gpu() -> str:
+    if find_spec("cupy") is None:
+        return "none is used in this version; refinement runs on the CPU"
+    return "CuPy is installed, but refinement runs on the CPU in this version"

@@ -1,0 +1,108 @@
+"""HTTP on one port: /metrics /healthz /readyz /ledger and the live page."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from streamprior.config import HttpSettings
+from streamprior.errors import ConfigError
+from streamprior.ledger import Ledger
+from streamprior.sinks.page import LivePage
+
+Health = Callable[[], Mapping[str, bool]]
+"""What must be true for the daemon to be ready: name -> whether it is."""
+
+
+def make_app(registry: CollectorRegistry, ledger: Ledger, page: LivePage, ready: Health) -> Starlette:
+    """The routes. Every handler is a plain function: Starlette runs it in a thread, so no request holds up another."""
+
+    def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), media_type=content_type)
+
+    def healthz(request: Request) -> Response:
+        return JSONResponse({"alive": True})
+
+    def readyz(request: Request) -> Response:
+        state = dict(ready())
+        return JSONResponse({"ready": all(state.values()), **state}, 200 if all(state.values()) else 503)
+
+    def accounts(request: Request) -> Response:
+        run, frame = request.query_params.get("run"), request.query_params.get("frame")
+        try:
+            if frame is not None:
+                uid = run or _newest(ledger)
+                return JSONResponse({"run": uid, "frame": int(frame), "fate": ledger.frame(uid, int(frame))})
+            return JSONResponse(ledger.balance(run) if run else {"runs": ledger.runs(), "balanced": ledger.is_balanced()})
+        except KeyError:
+            return JSONResponse({"error": f"no run {run or 'yet'}; /ledger lists the runs that are known"}, 404)
+        except ValueError:
+            return JSONResponse({"error": f"frame={frame!r} is not a frame index"}, 400)
+
+    def live(request: Request) -> Response:
+        after = request.query_params.get("after", "0")
+        picture = page.picture(int(after) if after.isdigit() else 0)
+        return Response(status_code=204) if picture is None else Response(picture, media_type="application/octet-stream")
+
+    def index(request: Request) -> Response:
+        return HTMLResponse(files("streamprior").joinpath("page.html").read_text())
+
+    paths = {"/metrics": metrics, "/healthz": healthz, "/readyz": readyz, "/ledger": accounts, "/live": live, "/": index}
+    return Starlette(routes=[Route(path, handler) for path, handler in paths.items()])
+
+
+def _newest(ledger: Ledger) -> str:
+    runs = [account["run"] for account in ledger.runs() if account["run"] is not None]
+    if not runs:
+        raise KeyError("no run")
+    return str(runs[0])
+
+
+class HttpServer:
+    """Owns the listening socket and uvicorn's thread."""
+
+    def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
+        self._settings = settings
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+        self._thread: threading.Thread | None = None
+        self._socket: socket.socket | None = None
+        self.url = ""
+
+    def listen(self) -> None:
+        """Take the port. Raises ConfigError where it is taken or the host is not ours."""
+        host, port = self._settings.host, self._settings.port
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.socket(family)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"http.port: cannot listen on {host}:{port} ({error.strerror}); stop the process that holds it or set http.port to another"
+            ) from None
+        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+
+    def start(self) -> None:
+        """Listen and serve."""
+        self.listen()
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(5)
+        if self._socket is not None:
+            self._socket.close()

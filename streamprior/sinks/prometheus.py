@@ -1,0 +1,29 @@
+"""Newest result -> gauges: chi2, mask IoU, drift scores and alarms for whoever scrapes /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamprior.metrics import Meters
+from streamprior.records import Result, RunEnded, RunStarted
+
+
+class Prometheus:
+    """A live sink: a gauge shows one value, so the newest result is all it needs."""
+
+    name = "prometheus"
+    complete = False
+
+    def __init__(self, meters: Meters) -> None:
+        self._meters = meters
+
+    def open(self) -> None: ...
+
+    def begin(self, run: RunStarted) -> None: ...
+
+    def write(self, results: Sequence[Result]) -> None:
+        self._meters.newest(results[-1])
+
+    def end(self, run: RunEnded) -> None: ...
+
+    def close(self) -> None: ...
