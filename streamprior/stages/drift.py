@@ -14,8 +14,13 @@ from streamprior.records import Flag, Result, RunStarted
 
 
 def signals(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the scalars that are watched, in the order of the archive's columns."""
-    return ("flux", "class_distance", "chi2", "centre_row", "centre_column", *(f"fraction_{name}" for name in class_names))
+    """Names of the scalars that are watched."""
+    return ("chi2", "class_distance", *measured_here(class_names))
+
+
+def measured_here(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that this stage measures itself: keys of `Result.drift` and columns of the archive."""
+    return ("flux", "centre_row", "centre_column", *(f"fraction_{name}" for name in class_names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +96,11 @@ class DriftWatch:
         self._previous = result.classes
         values = {
             "flux": numbers.flux,
-            "class_distance": result.class_distance,
-            "chi2": result.chi2,
             "centre_row": numbers.centre_row,
             "centre_column": numbers.centre_column,
         } | {f"fraction_{name}": float(share) for name, share in zip(prior.class_names, numbers.fraction, strict=True)}
-        score = {signal: _score(value, prior.baselines.get(signal)) for signal, value in values.items()}
+        watched = values | {"chi2": result.chi2, "class_distance": result.class_distance}
+        score = {signal: _score(value, prior.baselines.get(signal)) for signal, value in watched.items()}
         return replace(
             result,
             iou=dict(zip(prior.class_names, map(float, numbers.iou), strict=True)),

@@ -14,7 +14,7 @@ from streamprior.records import Batch, Detector, Frame, RunStarted
 from streamprior.seams import Stage, Watch
 from streamprior.sources.files import load_plane
 from streamprior.stages.classify import Classifier
-from streamprior.stages.drift import DriftWatch, signals
+from streamprior.stages.drift import DriftWatch, measured_here, signals
 from streamprior.stages.match import Matcher
 from streamprior.stages.prepare import Corrections, Preparer
 from streamprior.stages.refine import Refiner
@@ -38,8 +38,13 @@ class Recipe:
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """The scalars that the drift watch follows; columns of the archive."""
+        """The scalars that the drift watch follows."""
         return signals(self.prior.class_names)
+
+    @property
+    def drift_columns(self) -> tuple[str, ...]:
+        """Columns that the drift watch adds to the archive."""
+        return measured_here(self.prior.class_names)
 
     def stages(self) -> Sequence[Stage]:
         """A fresh set for one worker."""

@@ -1,0 +1,210 @@
+"""Shape -> FFT plan: aligned buffers and planned transforms on the CPU; the only door to pyfftw."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import math
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.fft
+
+from streamprior.config import state_folder
+from streamprior.errors import ConfigError
+
+C64 = np.complex64
+
+# FFTW 3 manual, "Planner flags". PATIENT finds plans up to a third faster than MEASURE at 256 x 256; it takes seconds, once, then wisdom
+# serves. Beyond 64^3 it would take minutes, and transforms that no longer fit the cache gain little from it.
+_MEASURE = 0
+_PATIENT = 1 << 5
+_PATIENT_UP_TO = 64**3  # elements
+_WISDOM_ONLY = 1 << 21
+_FORWARD, _BACKWARD = -1, 1
+
+# FFTW's planner and its destructor share state and are not thread-safe; only executing is. Re-entrant, because a plan may be
+# collected (and destroyed) by the very thread that is planning.
+_PLANNER = threading.RLock()
+
+
+def check_backend(backend: str) -> None:
+    """Raise where `backend` cannot compute here: ConfigError for "cuda", ValueError for a word that names no backend."""
+    if backend == "cuda":
+        raise ConfigError("backend 'cuda': this version computes on the CPU only; set backend to 'auto' or 'cpu'")
+    if backend not in ("auto", "cpu"):
+        raise ValueError(f"backend is {backend!r}; it is 'auto', 'cpu' or 'cuda'")
+
+
+def make_plan(shape: tuple[int, ...], engine: str = "auto") -> FftwPlan | ScipyPlan:
+    """Plan the transforms of one shape, in two or three dimensions.
+
+    Parameters
+    ----------
+    shape : (H, W) or (D, H, W)
+    engine : {"auto", "fftw", "scipy"}
+        auto is FFTW where pyFFTW is installed (the extra `fftw`), else scipy.fft, which is slower and rounds differently.
+
+    Raises
+    ------
+    ConfigError
+        FFTW was asked for and is not there, or the state folder cannot keep its wisdom.
+    """
+    if engine == "scipy" or (engine == "auto" and _fftw() is None):
+        return ScipyPlan(shape)
+    return FftwPlan(shape)
+
+
+class FftwPlan:
+    """Owns two aligned buffers and the FFTW plans between them, for one thread at a time.
+
+    psi, field : complex64 of the plan's shape. `forward` fills field from psi and leaves psi; `backward` transforms field in place.
+    Neither scales: the pair multiplies by the number of elements, and the unitary factor is folded into the caller's own pass.
+    execute, forward_plan, backward_plan : addresses, for a compiled loop that calls FFTW without coming back to Python.
+    """
+
+    engine = "fftw"
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        library = _fftw()
+        if library is None:
+            raise ConfigError("FFTW is not installed; install the extra: pip install 'streamprior[fftw]'")
+        self.psi, self.field = aligned(shape), aligned(shape)
+        self._run = library.fftwf_execute
+        with _planner(library) as plan:
+            self.forward_plan = plan(self.psi, self.field, _FORWARD)
+            self.backward_plan = plan(self.field, self.field, _BACKWARD)
+        self.execute = _address(library.fftwf_execute)
+        self.psi[...] = 0
+        self.field[...] = 0
+        # Not at exit: a daemon thread may still be inside the plan when the interpreter ends.
+        weakref.finalize(self, _destroy, library, (self.forward_plan, self.backward_plan)).atexit = False
+
+    def forward(self) -> None:
+        self._run(self.forward_plan)
+
+    def backward(self) -> None:
+        self._run(self.backward_plan)
+
+
+class ScipyPlan:
+    """The same buffers and transforms over scipy.fft, for machines without FFTW."""
+
+    engine = "scipy"
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.psi, self.field = aligned(shape), aligned(shape)
+        self.psi[...] = 0
+        self.field[...] = 0
+
+    def forward(self) -> None:
+        self.field[...] = scipy.fft.fftn(self.psi, workers=1)
+
+    def backward(self) -> None:
+        self.field[...] = scipy.fft.ifftn(self.field, norm="forward", workers=1)
+
+
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike = C64) -> npt.NDArray[Any]:
+    """An uninitialised array that begins on a cache line, as vector instructions and FFTW's fastest codelets want it."""
+    wanted = np.dtype(dtype)
+    nbytes = math.prod(shape) * wanted.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + nbytes].view(wanted).reshape(shape)
+
+
+def corner_order(shape: tuple[int, ...]) -> npt.NDArray[np.intp]:
+    """Flat indices that take a centred array to FFT order: `array.ravel()[corner_order(shape)]` is its ifftshift, flat."""
+    return np.fft.ifftshift(np.arange(math.prod(shape), dtype=np.intp).reshape(shape)).ravel()
+
+
+@cache
+def _fftw() -> ctypes.CDLL | None:
+    """The single-precision FFTW that pyFFTW brings, or None. A symbol is looked up in a library's dependencies too, so this works for a
+    bundled FFTW with a mangled name as for the system's."""
+    try:
+        import pyfftw
+
+        library = ctypes.CDLL(pyfftw.pyfftw.__file__)
+        library.fftwf_plan_dft.restype = ctypes.c_void_p
+        library.fftwf_execute.restype = None
+        library.fftwf_destroy_plan.restype = None
+    except (ImportError, OSError, AttributeError):
+        return None
+    pointer = ctypes.c_void_p
+    library.fftwf_plan_dft.argtypes = [ctypes.c_int, pointer, pointer, pointer, ctypes.c_int, ctypes.c_uint]
+    library.fftwf_execute.argtypes = [pointer]
+    library.fftwf_destroy_plan.argtypes = [pointer]
+    library.fftwf_import_wisdom_from_filename.argtypes = [ctypes.c_char_p]
+    library.fftwf_export_wisdom_to_filename.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+@contextmanager
+def _planner(library: ctypes.CDLL) -> Iterator[Any]:
+    """Hand out a planning function that gives every process on this machine the same plan for the same shape.
+
+    FFTW chooses among plans by timing them, and plans differ in how they round: without shared wisdom a live run and its replay
+    would agree only by luck. So wisdom is read first, and a new plan is made and written under a lock that all processes take.
+    """
+
+    def plan(source: npt.NDArray[np.complex64], target: npt.NDArray[np.complex64], sign: int) -> int:
+        lengths = (ctypes.c_int * source.ndim)(*source.shape)
+        arguments = (source.ndim, lengths, source.ctypes.data, target.ctypes.data, sign)
+        effort = _PATIENT if source.size <= _PATIENT_UP_TO else _MEASURE
+        made = library.fftwf_plan_dft(*arguments, effort | _WISDOM_ONLY) if path.exists() else None
+        if made is None:
+            with _locked(path.with_name("fftw-wisdom.lock")):
+                _import(library, path)
+                made = library.fftwf_plan_dft(*arguments, effort)
+                _export(library, path)
+        return int(made)
+
+    path = state_folder() / "fftw-wisdom"
+    with _PLANNER:
+        if hasattr(library, "fftwf_plan_with_nthreads"):  # another user of FFTW in this process may have asked for more
+            library.fftwf_plan_with_nthreads(1)
+        _import(library, path)
+        yield plan
+
+
+def _import(library: ctypes.CDLL, path: Path) -> None:
+    """Read wisdom; FFTW refuses a file that is absent, damaged or from another build, and it is then written anew."""
+    library.fftwf_import_wisdom_from_filename(bytes(path))
+
+
+def _export(library: ctypes.CDLL, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    if not library.fftwf_export_wisdom_to_filename(bytes(partial)):
+        raise ConfigError(f"the FFT plans cannot be kept in {path.parent}: make it writable, or set STREAMPRIOR_STATE to a folder that is")
+    partial.replace(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise ConfigError(f"the FFT plans cannot be kept in {path.parent} ({error}): set STREAMPRIOR_STATE to a writable folder") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _destroy(library: ctypes.CDLL, plans: tuple[int, ...]) -> None:
+    with _PLANNER:
+        for plan in plans:
+            library.fftwf_destroy_plan(plan)

@@ -1,0 +1,304 @@
+"""Photons, Start -> Reconstruction: a fixed number of iterations between what was measured and where the object may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.ndimage import gaussian_filter
+
+from streamprior.arrays import FftwPlan, check_backend, corner_order, make_plan
+from streamprior.prior import Prior
+from streamprior.records import Batch, Flag, Photons, Reconstruction, Start
+from streamprior.stages.projections import iterate_fftw, load_counts, load_object, project_modulus, score, update_object
+from streamprior.stages.schedule import OUTSIDE, Iterate, Schedule, ShrinkWrap, parse_schedule
+
+F32 = np.float32
+
+AREA_LIMITS = (0.3, 3.0)
+"""Shrink-wrap keeps the support's area between these multiples of the first one: a bad frame neither empties nor floods it."""
+
+ISLAND_RADIUS = 3
+"""Held-out pixels come in islands, as neighbouring pixels of an oversampled pattern predict each other (Favre-Nicolin 2020)."""
+
+ISLAND_CENTRE = 0.05
+"""No island's centre is nearer to the beam than this part of the smallest extent: the low frequencies hold the object together."""
+
+
+def refine(
+    counts: Photons | npt.NDArray[Any],
+    start: Start | npt.NDArray[Any],
+    support: npt.NDArray[np.bool_] | None = None,
+    iterations: int = 50,
+    schedule: str | None = None,
+    valid: npt.NDArray[np.bool_] | None = None,
+    weight: float = 0.0,
+    backend: str = "auto",
+) -> Reconstruction:
+    """Retrieve the phases of each frame by itself, from a given start, in a fixed number of iterations.
+
+    Projections and update rules are those of PHYSICS section 2: error reduction and hybrid input-output (Fienup 1982), RAAR (Luke 2005),
+    shrink-wrap (Marchesini 2003). A frame's result does not depend on the batch it came in.
+
+    Parameters
+    ----------
+    counts : Photons, or (B, H, W) or (B, D, H, W) real, photons
+        Centred: the direct beam (or the Bragg peak) at (H//2, W//2).
+    start : Start with k = 1, or complex like counts
+        The object to begin with, centred, in the scale of the unitary transform: sum |psi|^2 = photons.
+    support : bool like counts or like one frame, optional
+        Where the object may be non-zero. May be left out with a Start, which has its own.
+    iterations : int
+        Of error reduction, where no schedule is given.
+    schedule : str, optional
+        Such as "10*ER+SW(2.0)+25*HIO+5*ER" (`streamprior.stages.schedule`). Shrink-wraps are not counted as iterations.
+    valid : bool like counts or like one frame, optional
+        Measured pixels; all by default. With Photons both maps must agree that a pixel is measured.
+    weight : float
+        Proximal weight w >= 0: every iteration ends with psi <- (update(psi) + w * start) / (1 + w), which keeps the object near the start.
+    backend : {"auto", "cpu", "cuda"}
+
+    Returns
+    -------
+    Reconstruction
+        psi and support like start; history (B, iterations) is chi2 = sum (|F psi| - m)^2 / sum m^2 over measured pixels, m = sqrt(counts),
+        after each iteration, and chi2 its last column. A frame without photons, without support or with values that are no
+        photon numbers (NaN, infinity, below 0) on measured pixels is flagged EMPTY, NO_SUPPORT or NONFINITE; its chi2 is NaN and its object
+        stays the start (zero without a support).
+
+    Raises
+    ------
+    ValueError
+        Shapes or dtypes that do not fit together, a schedule that cannot be read, a negative weight.
+    ConfigError
+        A backend that cannot compute here.
+    """
+    check_backend(backend)
+    plan = parse_schedule(iterations if schedule is None else schedule)
+    flags: npt.NDArray[np.uint32] | None = None
+    photons = np.asarray(counts.counts if isinstance(counts, Photons) else counts)
+    known = _map_like("valid", np.ones(photons.shape[1:], np.bool_) if valid is None else valid, photons)
+    if isinstance(counts, Photons):
+        known = known & _map_like("counts.valid", counts.valid, photons)
+        flags = counts.flags
+    psi, inside = _object(start, support, photons)
+    return Solver(photons.shape[1:], plan, weight).solve(photons, psi, inside, known, flags)
+
+
+class Refiner:
+    """The stage: owns a solver for the prior's frames; one for each thread.
+
+    schedule : str, or int for so many iterations of error reduction. weight : proximal weight. free_fraction : part of the pixels that is
+    held out and judges the result (free_llk); 0 for none.
+    """
+
+    name = "refine"
+
+    def __init__(self, prior: Prior, schedule: str | int = 50, weight: float = 0.0, free_fraction: float = 0.0) -> None:
+        self._solver = Solver(prior.geometry.shape, parse_schedule(schedule), weight, free_fraction)
+
+    def __call__(self, batch: Batch) -> Batch:
+        photons = batch.photons
+        if photons is None or batch.start is None:
+            raise ValueError("the batch holds no photons or no start: prepare and match come before refine")
+        psi, support = _object(batch.start, None, photons.counts)
+        valid = _map_like("photons.valid", photons.valid, photons.counts)
+        return replace(batch, reconstruction=self._solver.solve(photons.counts, psi, support, valid, photons.flags))
+
+
+class Solver:
+    """Owns the FFT plan and the buffers for frames of one shape, for one thread.
+
+    Frames are done one by one, so that a result never depends on its neighbours. Working arrays are in FFT order (beam and object in the
+    corner): frames are reordered once when they come and objects once when they leave, not in every iteration.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], schedule: Schedule, weight: float = 0.0, free_fraction: float = 0.0, engine: str = "auto"
+    ) -> None:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight is {weight}; the proximal weight is a finite number from 0")
+        self._shape, self._schedule, self._weight = shape, schedule, weight
+        self._plan = make_plan(shape, engine)
+        self._rows = corner_order(shape[:-1])
+        size, grid = math.prod(shape), (-1, shape[-1])
+        self._inverse = F32(1 / size)
+        self._held_out = free_islands(shape, free_fraction)
+        # Copies of the frame in hand, of one dtype and layout whatever came in: one compiled variant of each kernel serves all.
+        self._counts, self._start = np.empty(shape, F32).reshape(grid), np.empty(shape, np.complex64).reshape(grid)
+        self._valid, self._support = np.empty(shape, np.bool_).reshape(grid), np.empty(shape, np.bool_).reshape(grid)
+        # In FFT order: sqrt(counts * size), the modulus that an unscaled FFT must have, or -1 where nothing was measured.
+        self._target = np.empty(size, F32)
+    def solve(
+        self,
+        counts: npt.NDArray[Any],
+        start: npt.NDArray[Any],
+        support: npt.NDArray[np.bool_],
+        valid: npt.NDArray[np.bool_],
+        flags: npt.NDArray[np.uint32] | None,
+    ) -> Reconstruction:
+        """Refine frames: counts, start, support and valid (B, *shape); see `refine`."""
+        result = self._blank(len(counts), flags)
+        for i in range(len(counts)):
+            with np.errstate(over="ignore", invalid="ignore"):  # a double too large for a float becomes infinite and is flagged
+                np.copyto(self._counts, counts[i], casting="unsafe")
+                np.copyto(self._start, start[i], casting="unsafe")
+            np.copyto(self._valid, valid[i])
+            np.copyto(self._support, support[i])
+            self._refine_one(result, i)
+            self._psi_out(result, i)
+        return result
+
+    def _blank(self, number: int, flags: npt.NDArray[np.uint32] | None) -> Reconstruction:
+        def undefined() -> npt.NDArray[np.float32]:
+            return np.full(number, np.nan, F32)
+
+        return Reconstruction(
+            psi=np.empty((number, *self._shape), np.complex64),
+            support=np.empty((number, *self._shape), np.bool_),
+            chi2=undefined(),
+            history=np.full((number, self._schedule.iterations), np.nan, F32),
+            floor=undefined(),
+            r_factor=undefined(),
+            free_llk=undefined(),
+            flags=np.zeros(number, np.uint32) if flags is None else flags.astype(np.uint32),
+        )
+
+    def _refine_one(self, result: Reconstruction, i: int) -> None:
+        photons, pixels, found = load_counts(self._order, self._counts.reshape(-1), self._valid.reshape(-1), self._held_out, self._target)
+        area, broken = self._begin()
+        found |= broken
+        if not area:
+            found |= Flag.NO_SUPPORT
+            self._psi[:] = 0
+        if not found:
+            self._anchor[:] = self._psi
+            self._run(area)
+            squares, residual, moduli = score(self._field, self._target)
+            self._errors[-1] = squares
+            if not np.isfinite(self._errors).all():  # counts or a start beyond what single precision can square
+                found |= Flag.NONFINITE
+                self._begin()
+        result.flags[i] |= found
+        if found:
+            return
+        result.history[i] = self._errors[1:] / (photons * self._target.size)
+        result.chi2[i] = result.history[i, -1]
+        result.floor[i] = pixels / (4 * photons)
+        result.r_factor[i] = residual / moduli
+        result.free_llk[i] = self._free_likelihood()
+
+    def _begin(self) -> tuple[int, int]:
+        """psi and the support as they came; returns the support's area and what is wrong with the start."""
+        area, flags = load_object(self._order, self._start.reshape(-1).view(F32), self._support.reshape(-1), self._psi, self._inside)
+        return int(area), int(flags)
+
+    def _run(self, area: int) -> None:
+        """All steps of the schedule on the frame in hand; `_errors[j]` is the misfit before iteration j."""
+        done = 0
+        for step in self._schedule.steps:
+            if isinstance(step, ShrinkWrap):
+                shrink_wrap(self._plan.psi, step, area, self._inside.reshape(self._shape))
+            else:
+                self._iterate(step, self._errors[done : done + step.times])
+                done += step.times
+        self._plan.forward()
+
+    def _iterate(self, step: Iterate, errors: npt.NDArray[np.float64]) -> None:
+        rule = np.array([*OUTSIDE[step.rule], self._weight], F32)
+        plan, target, inside, anchor = self._plan, self._target, self._inside, self._anchor
+        if isinstance(plan, FftwPlan):
+            transforms = (plan.execute, plan.forward_plan, plan.backward_plan)
+            iterate_fftw(*transforms, self._psi, self._field, target, inside, anchor, rule, self._inverse, errors)
+            return
+        for j in range(step.times):
+            plan.forward()
+            errors[j] = project_modulus(self._field, target, self._inverse)
+            plan.backward()
+            update_object(self._psi, self._field, inside, anchor, rule)
+
+    def _psi_out(self, result: Reconstruction, i: int) -> None:
+        np.take(self._plan.psi.reshape(-1), self._back, out=result.psi[i].reshape(-1), mode="clip")
+        np.take(self._inside, self._back, out=result.support[i].reshape(-1), mode="clip")
+
+    def _free_likelihood(self) -> float:
+        """Poisson log-likelihood of the held-out pixels, 1 for a perfect model (PHYSICS section 2); NaN where none is held out."""
+        held = self._held_out & self._valid.reshape(-1)
+        photons = self._counts.reshape(-1)[held].astype(np.float64)
+        if not photons.size:
+            return math.nan
+        model = np.abs(self._plan.field.reshape(-1)[self._back[held]].astype(np.complex128)) ** 2 / self._target.size
+        return poisson_llk(photons, model)
+
+
+def poisson_llk(counts: npt.NDArray[np.float64], model: npt.NDArray[np.float64]) -> float:
+    """(2/N) [sum_{I>0} (I ln(I/J) + J - I) + sum_{I=0} J] for counts I and a model of J photons (PHYSICS section 2)."""
+    expected = np.maximum(model, 1e-12)  # a model of exactly no photons would be infinitely wrong about one
+    terms = expected - counts
+    seen = counts > 0
+    terms[seen] += counts[seen] * np.log(counts[seen] / expected[seen])
+    return float(2 * terms.mean())
+
+
+def free_islands(shape: tuple[int, ...], fraction: float) -> npt.NDArray[np.bool_]:
+    """Flat, centred map of about `fraction` of the pixels, in discs (balls) of radius 3 px; the same for every frame of this shape."""
+    if not 0 <= fraction < 0.5:
+        raise ValueError(f"free_fraction is {fraction}; from 0 (none) to below 0.5 of the pixels can be held out")
+    held = np.zeros(shape, np.bool_)
+    wanted = round(fraction * held.size)
+    place = np.indices(shape).reshape(len(shape), -1)
+    centre = np.array([[n // 2] for n in shape])
+    allowed = np.flatnonzero(((place - centre) ** 2).sum(0) > (ISLAND_CENTRE * min(shape) + ISLAND_RADIUS) ** 2)
+    disc = np.indices((2 * ISLAND_RADIUS + 1,) * len(shape)).reshape(len(shape), -1) - ISLAND_RADIUS
+    disc = disc[:, (disc**2).sum(0) <= ISLAND_RADIUS**2]
+    for pixel in np.random.default_rng(0).permutation(allowed):
+        if np.count_nonzero(held) >= wanted:
+            break
+        island = place[:, pixel, None] + disc
+        island = island[:, ((island >= 0) & (island < np.array(shape)[:, None])).all(0)]
+        held[tuple(island)] = True
+    return held.reshape(-1)
+
+
+def shrink_wrap(psi: npt.NDArray[np.complex64], step: ShrinkWrap, area: int, inside: npt.NDArray[np.bool_]) -> None:
+    """Write the new support into `inside`, in the layout of psi (corner or centred: both are periodic); `area` is the first support's."""
+    smooth = gaussian_filter(np.abs(psi), step.sigma, mode="wrap")
+    peak = smooth.max()
+    if not 0 < peak < np.inf:  # nothing to go by: the support stays
+        return
+    np.greater(smooth, F32(step.threshold) * peak, out=inside)
+    low, high = (min(max(1, round(limit * area)), psi.size) for limit in AREA_LIMITS)
+    found = np.count_nonzero(inside)
+    if not low <= found <= high:
+        kept = low if found < low else high
+        np.greater_equal(smooth, np.partition(smooth, psi.size - kept, axis=None)[psi.size - kept], out=inside)
+
+
+def _object(
+    start: Start | npt.NDArray[Any], support: npt.NDArray[np.bool_] | None, counts: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """psi and support, both (B, *shape) like counts, from either form of a start."""
+    if isinstance(start, Start):
+        if start.psi.ndim != counts.ndim + 1 or start.psi.shape[1] != 1:
+            raise ValueError(f"start.psi has shape {start.psi.shape}; with these counts it is (B, 1, ...): one start a frame")
+        psi, inside = start.psi[:, 0], start.support[:, 0] if support is None else support
+    elif support is None:
+        raise ValueError("the support is missing: only a Start record brings its own")
+    else:
+        psi, inside = np.asarray(start), support
+    if psi.shape != counts.shape or psi.dtype.kind not in "cf":
+        raise ValueError(f"start is {psi.dtype} {psi.shape}; it must be complex and like counts, {counts.shape}")
+    return psi, _map_like("support", inside, counts)
+
+
+def _map_like(name: str, array: npt.NDArray[np.bool_], counts: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """A bool map of each frame or of all frames -> (B, *shape); checks counts on the way, as everything is measured by them."""
+    if counts.ndim not in (3, 4) or counts.dtype.kind not in "uif" or 0 in counts.shape[1:]:
+        raise ValueError(f"counts are {counts.dtype} {counts.shape}; they must be real photon numbers, (B, H, W) or (B, D, H, W)")
+    given = np.asarray(array)
+    if given.dtype != np.bool_ or given.shape not in (counts.shape, counts.shape[1:]):
+        raise ValueError(f"{name} is {given.dtype} {given.shape}; it must be bool and like counts {counts.shape} or one frame of them")
+    return np.broadcast_to(given, counts.shape)
