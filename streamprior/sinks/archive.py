@@ -1,0 +1,279 @@
+"""Results -> one folder a run on disk: class maps, objects, the frames table and run.json, each by frame index."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import zarr
+
+from streamprior.errors import SinkUnavailable
+from streamprior.prior import Prior
+from streamprior.records import NOT_MEASURED, Result, RunEnded, RunStarted
+from streamprior.sinks.chunks import FrameArray, Layout
+from streamprior.sinks.rows import FrameTable, frame_row, frames_schema, read_table
+
+RUN_FILE = "run.json"
+FORMAT_VERSION = 1
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on that disk",
+    errno.EDQUOT: "raise the quota or remove old runs",
+    errno.EROFS: "mount it writable",
+    errno.EACCES: "let the daemon's user write there",
+    errno.EPERM: "let the daemon's user write there",
+    errno.ENOENT: "mount the disk or make the folder",
+    errno.ENOTDIR: "name a folder, not a file",
+    errno.EEXIST: "name a folder, not a file",
+    errno.ESTALE: "mount the network disk again",
+}
+
+
+@dataclass
+class _Run:
+    """What the archive owns of one open run. `about` is the content of run.json."""
+
+    folder: Path
+    classes: FrameArray
+    objects: FrameArray
+    frames: FrameTable
+    about: dict[str, Any]
+
+
+class Archive:
+    """The complete sink: every result of every run, by index, at disk speed.
+
+    `write` returns when chunks, rows and run.json are written and renamed, in this order: what run.json counts is there. It does
+    not fsync: SIGKILL loses nothing the kernel has taken, only a power cut could, and waiting for the platters on every batch costs
+    more time than the batch has.
+
+    Parameters
+    ----------
+    folder : made by `open` if absent.
+    prior : shapes of class maps and objects, names of the classes.
+    provenance : goes into every run.json (hash of prior and configuration, version, source run uid, device).
+    growth : called with the run's folder after every change on disk; must not block.
+    drift_columns : keys of `Result.drift` that become columns.
+    chunk_frames : frames a chunk; the growing chunk is rewritten by each write, so a larger one costs more where frames are few.
+    """
+
+    name = "archive"
+    complete = True
+
+    def __init__(
+        self,
+        folder: Path,
+        prior: Prior,
+        provenance: Mapping[str, Any],
+        growth: Callable[[Path], None],
+        drift_columns: Sequence[str] = (),
+        chunk_frames: int = 64,
+    ) -> None:
+        rows, columns = prior.object_box
+        self._folder = folder
+        self._layouts = (
+            Layout("classes", prior.geometry.shape, np.dtype(np.uint8), NOT_MEASURED, chunk_frames),
+            Layout(
+                "objects", (rows.stop - rows.start, columns.stop - columns.start), np.dtype(np.complex64), complex("nan+nanj"), chunk_frames
+            ),
+        )
+        self._class_names = prior.class_names
+        self._drift_columns = tuple(drift_columns)
+        self._provenance = dict(provenance)
+        self._object_box = [rows.start, columns.start]
+        self._growth = growth
+        self._runs: dict[str, _Run] = {}
+        self._lock: IO[bytes] | None = None
+
+    def open(self) -> None:
+        """Make the folder, see that it can be written, and mark runs that an earlier process left running as interrupted.
+
+        Raises
+        ------
+        SinkUnavailable
+            The folder cannot be made or written, or another process writes to it.
+        """
+        with _disk(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._lock = _claim(self._folder)
+            for folder in run_folders(self._folder):
+                about = read_about(folder)
+                if about["status"] == "running" and about["uid"] not in self._runs:
+                    # A kill between write and rename leaves the temporary file behind.
+                    for partial in folder.rglob("*.partial"):
+                        partial.unlink()
+                    _replace_json(folder / RUN_FILE, about | {"status": "interrupted"})
+                    self._growth(folder)
+
+    def begin(self, run: RunStarted) -> None:
+        """Make the run's folder, or continue it where it exists."""
+        folder = self._folder / run_key(run)
+        with _disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            classes, objects = (FrameArray(folder / layout.name, layout, run.expected) for layout in self._layouts)
+            frames = FrameTable(folder / "frames", frames_schema(self._class_names, self._drift_columns))
+            about = self._about(run) | {"frames": frames.rows, "extent": frames.extent}
+            _replace_json(folder / RUN_FILE, about)
+        self._runs[run.uid] = _Run(folder, classes, objects, frames, about)
+        self._growth(folder)
+
+    def write(self, results: Sequence[Result]) -> None:
+        """Store results of open runs by index: late, repeated and missing indices are all fine.
+
+        Raises
+        ------
+        SinkUnavailable
+            The disk is full, read-only or gone; writing the same results again later is safe.
+        """
+        published = time.time()
+        by_run: dict[str, list[Result]] = {}
+        for result in results:
+            by_run.setdefault(result.run, []).append(result)
+        for uid, part in by_run.items():
+            run = self._runs[uid]
+            with _disk(run.folder):
+                # zarr makes missing folders; on an unmounted disk that would fill the mount point, without a word.
+                (run.folder / RUN_FILE).stat()
+                indices = [result.index for result in part]
+                run.classes.write(indices, [result.classes for result in part])
+                run.objects.write(indices, [result.object for result in part])
+                run.frames.write([frame_row(result, published, self._class_names, self._drift_columns) for result in part])
+                run.about |= {"frames": run.frames.rows, "extent": max(run.about["extent"], max(indices) + 1)}
+                _replace_json(run.folder / RUN_FILE, run.about)
+            self._growth(run.folder)
+
+    def end(self, run: RunEnded) -> None:
+        """Close the run: arrays are cut to the extent, run.json tells how it ended."""
+        ended = self._runs[run.uid]
+        with _disk(ended.folder):
+            (ended.folder / RUN_FILE).stat()
+            ended.classes.trim(ended.about["extent"])
+            ended.objects.trim(ended.about["extent"])
+            # A run that our own shutdown cut short is not complete, whatever reached the disk.
+            status = "interrupted" if run.reason == "shutdown" else "complete"
+            _replace_json(ended.folder / RUN_FILE, ended.about | {"status": status, "end_reason": run.reason, "closed": run.closed})
+        del self._runs[run.uid]
+        self._growth(ended.folder)
+
+    def close(self) -> None:
+        """Let go of the folder. A run that was not ended stays `running` on disk; the next `open` marks it interrupted."""
+        self._runs.clear()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _about(self, run: RunStarted) -> dict[str, Any]:
+        return {
+            "format": "streamprior-run",
+            "format_version": FORMAT_VERSION,
+            "status": "running",
+            "uid": run.uid,
+            "source": run.source,
+            "series": run.series,
+            "expected": run.expected,
+            "opened": run.opened,
+            "closed": None,
+            "end_reason": None,
+            "arrays": {
+                layout.name: {
+                    "frame_shape": list(layout.frame_shape),
+                    "dtype": layout.dtype.name,
+                    "chunk_frames": layout.chunk_frames,
+                }
+                for layout in self._layouts
+            },
+            "object_offset": self._object_box,
+            "class_names": list(self._class_names),
+            "provenance": _plain(self._provenance),
+            "metadata": _plain(run.metadata),
+        }
+
+
+def run_key(run: RunStarted) -> str:
+    """Folder name of a run, `YYYYMMDD-HHMMSS-uid`: when it opened in UTC, so that names sort by time also in the night clocks change."""
+    return f"{datetime.fromtimestamp(run.opened, UTC):%Y%m%d-%H%M%S}-{run.uid[:8]}"
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Folders of the runs in an archive, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Content of a run's run.json."""
+    about: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
+    return about
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedRun:
+    """A run as read back: about is run.json; classes (N, H, W) uint8; objects (N, h, w) complex64; frames one row a frame."""
+
+    about: Mapping[str, Any]
+    classes: npt.NDArray[np.uint8]
+    objects: npt.NDArray[np.complex64]
+    frames: pa.Table
+
+
+def read_run(folder: Path) -> ArchivedRun:
+    """Read one run of an archive, also while it is being written: N is the extent that run.json counted."""
+    about = read_about(folder)
+    classes, objects = (zarr.open_array(folder / name, mode="r")[: about["extent"]] for name in ("classes", "objects"))
+    return ArchivedRun(about, np.asarray(classes), np.asarray(objects), read_table(folder / "frames"))
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Errors of the operating system become SinkUnavailable, naming the path and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "see to that disk")
+        raise SinkUnavailable(f"archive {path}: {error.strerror or error}; {remedy}, writing goes on by itself") from error
+
+
+def _claim(folder: Path) -> IO[bytes]:
+    """The folder's lock file, held: two daemons in one archive would mark each other's runs as interrupted."""
+    lock = (folder / ".lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise SinkUnavailable(
+            f"archive {folder}: another streamprior writes to it; stop that one or give this one its own folder"
+        ) from None
+    return lock
+
+
+def _replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False))
+    partial.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: a start message's metadata may carry NaN, bytes and arrays, and must not cost us the run."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)

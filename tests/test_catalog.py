@@ -1,0 +1,378 @@
+"""The archive in a real Tiled: registered while it grows, caught up after an outage, read from another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_archive import DRIFT, PROVENANCE, make_prior, make_result, make_run
+from tiled_fixture import RunningTiled
+
+from streamprior.errors import SinkUnavailable
+from streamprior.records import RunEnded
+from streamprior.sinks.archive import Archive, run_key
+from streamprior.sinks.catalog import Catalog
+from streamprior.sinks.embedded import embedded_tiled
+from streamprior.sinks.live import LatestArrays, thinning
+from streamprior.sinks.rows import PART_ROWS
+from streamprior.sinks.tiled_api import TiledApi, probe
+
+UID = "uid-0001-abcdef"
+KEY = run_key(make_run())
+
+
+@pytest.fixture
+def folder(tiled_server: RunningTiled, request: pytest.FixtureRequest) -> Path:
+    """An archive folder of this test's own that Tiled may read."""
+    return tiled_server.readable / request.node.name
+
+
+@pytest.fixture
+def catalog(tiled_server: RunningTiled, folder: Path) -> Iterator[Catalog]:
+    """A catalog that the test steps by hand; its container in Tiled is the test's own, too."""
+    one = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
+    yield one
+    one.close(0)
+
+
+@pytest.fixture
+def archive(folder: Path, catalog: Catalog) -> Iterator[Archive]:
+    one = Archive(folder, make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
+    one.open()
+    yield one
+    one.close()
+
+
+@contextmanager
+def connected(uri: str, api_key: str) -> Iterator[Any]:
+    """A client of Tiled's own making, as a user has it."""
+    from tiled.client import from_uri
+
+    client = from_uri(uri, api_key=api_key)
+    yield client
+    client.context.close()
+
+
+@pytest.fixture(scope="session")
+def client(tiled_server: RunningTiled) -> Iterator[Any]:
+    """The container that holds a container for each test."""
+    with connected(tiled_server.uri, tiled_server.api_key) as root:
+        root.create_container("tests")
+        yield root["tests"]
+
+
+def write(archive: Archive, indices: range) -> None:
+    archive.write([make_result(index) for index in indices])
+
+
+def end(archive: Archive) -> None:
+    archive.end(RunEnded(UID, "end", 1_700_000_060.0))
+
+
+def check_images(node: Any, indices: list[int]) -> None:
+    classes, objects = node["classes"].read(), node["objects"].read()
+    for index in indices:
+        np.testing.assert_array_equal(classes[index], make_result(index).classes)
+        np.testing.assert_array_equal(objects[index], make_result(index).object)
+
+
+def test_a_growing_run_is_read_through_tiled_at_every_step(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    archive.begin(make_run())
+    assert catalog.step()
+    runs = client[folder.name]
+    assert list(runs) == [KEY]
+    assert list(runs[KEY]) == []
+    for extent in (3, 20, 21):
+        write(archive, range(extent - 3, extent))
+        assert catalog.step()
+        node = runs[KEY]
+        assert node["classes"].shape == (extent, 24, 20)
+        assert node["objects"].dtype == np.complex64
+        check_images(node, [extent - 3, extent - 1])
+        assert node["frames"].read()["index"].iloc[-1] == extent - 1
+    assert runs[KEY].metadata["status"] == "running"
+    assert catalog.up
+    assert not catalog.error
+
+
+def test_a_finished_run_carries_its_metadata_and_spec(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    archive.begin(make_run())
+    write(archive, range(10))
+    end(archive)
+    assert catalog.step()
+    node = client[folder.name][KEY]
+    assert [spec.name for spec in node.specs] == ["StreampriorRun"]
+    assert node.metadata["status"] == "complete"
+    assert node.metadata["provenance"]["prior"] == PROVENANCE["prior"]
+    assert (node.metadata["frames"], node.metadata["extent"]) == (10, 10)
+    frames = node["frames"].read()
+    np.testing.assert_allclose(frames["chi2"], [0.01 * index for index in range(10)])
+    assert set(frames["arm"]) == {"prototype"}
+    assert not catalog.pending()
+
+
+def test_late_missing_and_repeated_frames_are_right_in_tiled(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    archive.begin(make_run())
+    write(archive, range(0, 4))
+    write(archive, range(30, 34))
+    catalog.step()
+    write(archive, range(2, 6))
+    catalog.step()
+    node = client[folder.name][KEY]
+    check_images(node, [0, 3, 4, 5, 30, 33])
+    assert (node["classes"][10] == 255).all()
+    assert np.isnan(node["objects"][10]).all()
+    assert list(node["frames"].read()["index"]) == [0, 1, 2, 3, 4, 5, 30, 31, 32, 33]
+
+
+def test_parts_of_the_table_stand_in_the_order_of_their_frames(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    archive.begin(make_run())
+    for first in (0, 2 * PART_ROWS, PART_ROWS, 3 * PART_ROWS):  # the second part appears between the first and the third
+        write(archive, range(first, first + 2))
+        assert catalog.step()
+    frames = client[folder.name][KEY]["frames"]
+    assert frames.structure().npartitions == 4
+    assert list(frames.read()["index"] // PART_ROWS) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_syncing_again_changes_nothing(archive: Archive, catalog: Catalog, client: Any, tiled_server: RunningTiled, folder: Path) -> None:
+    archive.begin(make_run())
+    write(archive, range(10))
+    catalog.step()
+    node = client[folder.name][KEY]
+    before = node["classes"].data_sources()[0].id
+    again = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
+    assert again.step()
+    write(archive, range(10, 20))
+    again.announce(folder / KEY)
+    assert again.step()
+    catalog.announce(folder / KEY)
+    assert catalog.step()
+    again.close(0)
+    node = client[folder.name][KEY]
+    assert node["classes"].data_sources()[0].id == before
+    check_images(node, list(range(20)))
+    assert list(node["frames"].read()["index"]) == list(range(20))
+
+
+def test_subscribers_hear_of_growth_and_can_fetch_it(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    archive.begin(make_run())
+    write(archive, range(5))
+    catalog.step()
+    heard: list[Any] = []
+    enough = threading.Event()
+
+    def hear(update: Any) -> None:
+        heard.append((update.type, tuple(update.patch.offset), update.data()))
+        if len(heard) == 2:
+            enough.set()
+
+    subscription = client[folder.name][f"{KEY}/classes"].subscribe()
+    subscription.new_data.add_callback(hear)
+    subscription.start_in_thread()
+    for first in (5, 12):
+        write(archive, range(first, first + 7))
+        catalog.step()
+    assert enough.wait(30)
+    subscription.disconnect()
+    assert [(kind, offset) for kind, offset, _ in heard] == [("array-ref", (5, 0, 0)), ("array-ref", (12, 0, 0))]
+    np.testing.assert_array_equal(heard[1][2], [make_result(index).classes for index in range(12, 19)])
+
+
+READER = """
+import sys, json
+import numpy as np
+from tiled.client import from_uri
+uri, key, path = sys.argv[1:]
+node = from_uri(uri, api_key=key)[path]
+for line in sys.stdin:
+    classes, frames = node["classes"], node["frames"].read()
+    last = classes[classes.shape[0] - 1]
+    print(json.dumps([classes.shape[0], int(last.sum()), len(frames), float(frames["chi2"].iloc[-1])]), flush=True)
+"""
+
+
+def test_another_process_reads_the_run_while_it_is_written(
+    archive: Archive, catalog: Catalog, tiled_server: RunningTiled, folder: Path
+) -> None:
+    archive.begin(make_run())
+    write(archive, range(6))
+    catalog.step()
+    command = [sys.executable, "-c", READER, tiled_server.uri, tiled_server.api_key, f"tests/{folder.name}/{KEY}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        for extent in (6, 17, 18):
+            if extent > 6:
+                write(archive, range(extent - 11 if extent == 17 else 17, extent))
+                catalog.step()
+            reader.stdin.write("read\n")
+            reader.stdin.flush()
+            seen = json.loads(reader.stdout.readline())
+            assert seen == [extent, int(make_result(extent - 1).classes.sum()), extent, pytest.approx(0.01 * (extent - 1))]
+        reader.stdin.close()
+
+
+def test_close_registers_the_last_of_a_run_that_the_thread_mirrors(
+    archive: Archive, client: Any, tiled_server: RunningTiled, folder: Path
+) -> None:
+    catalog = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
+    catalog.start()
+    archive.begin(make_run())
+    for first in range(0, 40, 8):
+        write(archive, range(first, first + 8))
+        catalog.announce(folder / KEY)
+    end(archive)
+    catalog.announce(folder / KEY)
+    assert catalog.close(30)
+    node = client[folder.name][KEY]
+    assert node.metadata["status"] == "complete"
+    check_images(node, list(range(40)))
+
+
+def test_a_tiled_that_starts_after_the_run_and_then_loses_its_memory_is_caught_up(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    with embedded_tiled(tmp_path / "first", [tmp_path]) as gone:
+        address = gone.uri
+    port = int(address.rpartition(":")[2])
+    catalog = Catalog(address, "secretofours", tmp_path / "archive")
+    archive = Archive(tmp_path / "archive", make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
+    request.addfinalizer(archive.close)
+    archive.open()
+    archive.begin(make_run("first-run"))
+    archive.write([replace(make_result(index), run="first-run") for index in range(12)])
+    assert not catalog.step()
+    assert not catalog.up
+    assert "start it" in catalog.error
+    assert "secret" not in catalog.error
+    archive.end(RunEnded("first-run", "end", 1_700_000_060.0))
+    archive.begin(make_run())
+    write(archive, range(4))
+    for memory in ("second", "third"):  # the third is empty again, as a temporary catalog is
+        with embedded_tiled(tmp_path / memory, [tmp_path], api_key="secretofours", port=port) as back:
+            write(archive, range(4, 9))
+            assert catalog.step()
+            assert catalog.step()  # an empty Tiled is noticed by the first, compared with the archive by the second
+            assert not catalog.pending()
+            assert catalog.up
+            with connected(back.uri, back.api_key) as root:
+                runs = root["streamprior"]
+                assert set(runs) == {run_key(make_run("first-run")), KEY}
+                check_images(runs[run_key(make_run("first-run"))], list(range(12)))
+                check_images(runs[KEY], list(range(9)))
+                assert runs[run_key(make_run("first-run"))].metadata["status"] == "complete"
+    catalog.close(0)
+
+
+def test_files_that_tiled_may_not_read_are_told_with_the_remedy(tiled_server: RunningTiled, tmp_path: Path) -> None:
+    catalog = Catalog(tiled_server.uri, tiled_server.api_key, tmp_path, parent="tests/unreadable")
+    archive = Archive(tmp_path, make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
+    archive.open()
+    archive.begin(make_run())
+    write(archive, range(3))
+    assert catalog.step()
+    assert not catalog.up
+    assert "readable_storage" in catalog.error
+    assert str(tmp_path) in catalog.error
+    assert catalog.pending()
+    archive.close()
+    assert not catalog.close(0)
+
+
+def test_one_unreadable_run_does_not_hold_up_the_others(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    (folder / "99990101-000000-broken").mkdir()
+    (folder / "99990101-000000-broken" / "run.json").write_text("{}")
+    archive.begin(make_run())
+    write(archive, range(3))
+    assert catalog.step()
+    assert "broken" in catalog.error
+    check_images(client[folder.name][KEY], [0, 1, 2])
+
+
+def test_announcing_never_waits_and_is_bounded(tmp_path: Path) -> None:
+    catalog = Catalog("http://127.0.0.1:1", None, tmp_path)
+    for number in range(5000):
+        catalog.announce(tmp_path / f"run-{number}")
+    assert catalog.pending()
+    assert len(catalog._waiting) <= 1000
+    assert not catalog.close(0)
+
+
+def test_probe_tells_a_right_key_from_a_wrong_one_and_from_no_server(tiled_server: RunningTiled) -> None:
+    assert probe(tiled_server.uri, tiled_server.api_key) is None
+    assert probe(f"{tiled_server.uri}/api/v1?api_key={tiled_server.api_key}", None) is None
+    wrong = probe(tiled_server.uri, "not-the-key")
+    assert wrong is not None
+    assert "API key" in wrong
+    assert "not-the-key" not in wrong
+    nobody = probe("http://127.0.0.1:1?api_key=hidden", None)
+    assert nobody is not None
+    assert "start it" in nobody
+    assert "hidden" not in nobody
+
+
+def test_subscribers_of_the_latest_arrays_get_the_newest_result(client: Any, tiled_server: RunningTiled) -> None:
+    live = LatestArrays(tiled_server.uri, tiled_server.api_key, parent="tests/newest", max_hz=1000)
+    live.open()
+    live.begin(make_run())
+    live.write([make_result(0)])
+    heard: dict[str, Any] = {}
+    both = threading.Event()
+
+    def hear(update: Any) -> None:
+        heard[update.subscription.segments[-1]] = update.data()
+        if len(heard) == 2:
+            both.set()
+
+    latest = client["newest"]["latest"]
+    subscriptions = [latest[name].subscribe() for name in ("classes", "object")]
+    for subscription in subscriptions:
+        subscription.new_data.add_callback(hear)
+        subscription.start_in_thread()
+    live.write([make_result(1), make_result(2)])
+    assert both.wait(30)
+    for subscription in subscriptions:
+        subscription.disconnect()
+    live.end(RunEnded(UID, "end", 1.0))
+    live.close()
+    np.testing.assert_array_equal(heard["classes"], make_result(2).classes)
+    np.testing.assert_array_equal(heard["object"], make_result(2).object)
+    np.testing.assert_array_equal(latest["object"].read(), make_result(2).object)
+    assert latest["object"].metadata["run"] == UID
+
+
+def test_latest_arrays_change_their_shape_with_the_prior_and_come_back_when_lost(client: Any, tiled_server: RunningTiled) -> None:
+    live = LatestArrays(tiled_server.uri, tiled_server.api_key, parent="tests/shapes", max_hz=1000)
+    live.open()
+    live.write([make_result(0)])
+    live.close()
+    live = LatestArrays(tiled_server.uri, tiled_server.api_key, parent="tests/shapes", max_hz=1000)
+    live.open()
+    large = replace(make_result(1), classes=np.full((2000, 900), 7, np.uint8))
+    live.write([large])
+    classes = client["shapes"]["latest/classes"]
+    assert (classes.shape, classes.metadata["stride"], classes.metadata["full_shape"]) == ((1000, 450), 2, [2000, 900])
+    assert (classes.read() == 7).all()
+    api = TiledApi(tiled_server.uri, tiled_server.api_key)
+    api.delete("/metadata/tests/shapes/latest")
+    api.close()
+    with pytest.raises(SinkUnavailable):
+        live.write([large])
+    live.write([large])
+    live.close()
+    assert client["shapes"]["latest/classes"].shape == (1000, 450)
+
+
+def test_an_image_is_thinned_by_the_smallest_stride_that_fits() -> None:
+    assert thinning(np.zeros((104, 104), np.complex64)) == 1
+    assert thinning(np.zeros((1000, 900), np.uint8)) == 1
+    assert thinning(np.zeros((1000, 901), np.uint8)) == 2
+    assert thinning(np.zeros((1062, 1028), np.complex64)) == 4
