@@ -1,0 +1,207 @@
+"""Scenario -> Twin: frames by index, and the truth behind each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from streamprior.errors import ConfigError
+from streamprior.records import Detector
+from streamprior_sim.bragg import RockingCurve
+from streamprior_sim.detector import expose, make_sensor
+from streamprior_sim.gold_balls import Scan, scan_of
+from streamprior_sim.optics import intensity, ramp
+from streamprior_sim.scenario import CrystalSettings, Scenario
+
+_HOT_BLOCK_PX = 4
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Truth:
+    """What the detector would have seen without noise: `optics.intensity(object, probe)` are the photons expected, background aside.
+
+    object : (H, W) complex64. Bragg: the exit wave, flux and the ramp of a shifted centre included. Ptychography: the patch of the
+        sample's transmission under the probe.
+    probe : (modes, H, W) complex64, flux and ramp included; None for Bragg.
+    position : (x, y) of the probe on the sample, metres; None for Bragg.
+    centre : (row, column) of the beam or peak on the detector, pixels. flux : relative to the scenario's dose.
+    valid : (H, W) bool, False on every pixel that is dead, hot, in a gap or behind the beam stop, known to the detector or not.
+        A pixel that saturates shows it by the dtype's maximum.
+    """
+
+    object: npt.NDArray[np.complex64]
+    probe: npt.NDArray[np.complex64] | None
+    position: tuple[float, float] | None
+    centre: tuple[float, float]
+    flux: float
+    valid: npt.NDArray[np.bool_]
+
+
+class Recording(Protocol):
+    """Anything with frames by index that can go on the wire or into a file: a twin, or a file that is replayed."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def frame(self, index: int) -> npt.NDArray[Any]: ...
+
+    def position(self, index: int) -> tuple[float, float] | None: ...
+
+    def origin(self, index: int) -> int: ...
+
+    def detector(self) -> Detector: ...
+
+
+class Twin:
+    """One experiment. Every frame has its own random generator, so frames do not depend on the order in which they are asked for."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.name = scenario.name
+        self.scenario = scenario
+        self._sensor = make_sensor(scenario)
+        _check_blocks(scenario)
+        sample = scenario.sample
+        self._source = RockingCurve(scenario, sample) if isinstance(sample, CrystalSettings) else scan_of(scenario, sample)
+
+    def __len__(self) -> int:
+        return self.scenario.frames
+
+    def frame(self, index: int) -> npt.NDArray[Any]:
+        """(rows, columns) of the detector's dtype, counts. Raises IndexError outside 0 <= index < len."""
+        truth = self.truth(index)
+        rng = np.random.default_rng([self.scenario.seed, index])
+        return expose(intensity(truth.object, truth.probe), self._sensor, self._hot_blocks(index), rng)
+
+    def truth(self, index: int) -> Truth:
+        """What is behind frame `index`. Raises IndexError outside 0 <= index < len."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} of {len(self)}")
+        flux, shift = self._flux(index), self._shift(index)
+        field = np.sqrt(np.float32(flux)) * ramp(self.scenario.detector.shape, shift)
+        height, width = self.scenario.detector.shape
+        psi, probe = self._psi_and_probe(index, field)
+        return Truth(
+            object=psi,
+            probe=probe,
+            position=self.position(index),
+            centre=(height // 2 + shift[0], width // 2 + shift[1]),
+            flux=flux,
+            valid=~(self._sensor.unusable | self._hot_blocks(index)),
+        )
+
+    def position(self, index: int) -> tuple[float, float] | None:
+        """(x, y) of the probe on the sample, metres: x along the columns of a frame, y along its rows. None for Bragg."""
+        return self._source.position_m(index) if isinstance(self._source, Scan) else None
+
+    def origin(self, index: int) -> int:
+        """Index of the frame in the twin: itself."""
+        return index
+
+    def detector(self) -> Detector:
+        """What the start message says: shape, the mask of known bad pixels, geometry."""
+        settings = self.scenario.detector
+        return Detector(
+            shape=settings.shape,
+            mask=self._sensor.mask,
+            saturation=None if settings.saturation_counts is None else float(settings.saturation_counts),
+            beam_centre=(settings.shape[0] // 2, settings.shape[1] // 2),
+            pixel_m=settings.pixel_um * 1e-6,
+            distance_m=settings.distance_m,
+            energy_ev=self.scenario.energy_ev,
+            frame_time_s=1 / self.scenario.rate_hz,
+        )
+
+    def _psi_and_probe(
+        self, index: int, field: npt.NDArray[np.complex64]
+    ) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.complex64] | None]:
+        """Where the drift's flux and ramp belong: into the exit wave, or into the illumination, which leaves the sample as it is."""
+        if isinstance(self._source, Scan):
+            return self._source.patch(index), self._source.probe * field
+        return self._source.exit_wave(index) * field, None
+
+    def _drifting(self, index: int) -> int:
+        return max(0, index - self.scenario.drift.start_frame)
+
+    def _flux(self, index: int) -> float:
+        drift = self.scenario.drift
+        flux = (1 + drift.flux_per_frame) ** self._drifting(index)
+        for step in drift.steps:
+            flux *= step.flux if index >= step.frame else 1.0
+        # A generator of its own: the Poisson noise of a frame stays the same whether the flux fluctuates or not.
+        jitter = np.random.default_rng([self.scenario.seed, index, 1]).normal() if drift.flux_rms else 0.0
+        return max(0.0, flux * (1 + drift.flux_rms * float(jitter)))
+
+    def _shift(self, index: int) -> tuple[float, float]:
+        drift = self.scenario.drift
+        count = self._drifting(index)
+        jumps = [step.centre_px for step in drift.steps if index >= step.frame]
+        rows = drift.centre_px_per_frame[0] * count + sum(jump[0] for jump in jumps)
+        columns = drift.centre_px_per_frame[1] * count + sum(jump[1] for jump in jumps)
+        return rows, columns
+
+    def _hot_blocks(self, index: int) -> npt.NDArray[np.bool_]:
+        hot = np.zeros(self.scenario.detector.shape, np.bool_)
+        for step in self.scenario.drift.steps:
+            if step.hot_block is not None and index >= step.frame:
+                row, column = step.hot_block
+                hot[row : row + _HOT_BLOCK_PX, column : column + _HOT_BLOCK_PX] = True
+        return hot
+
+
+class Prerendered:
+    """Some frames of a recording, held in memory and shown in turn: a detector that is faster than its simulation.
+
+    Parameters
+    ----------
+    count : frames that are rendered, spread evenly over the recording.
+    length : frames of the new recording, the old one's number where it is None. Frame i shows rendered frame i modulo `count`;
+        `origin` tells which one that was.
+    progress : called with (frames rendered, frames in all).
+    """
+
+    def __init__(self, recording: Recording, count: int, length: int | None = None, progress: Progress | None = None) -> None:
+        self.name = recording.name
+        self._recording = recording
+        self._length = len(recording) if length is None else length
+        total = max(1, min(count, len(recording)))
+        self._origins = [number * len(recording) // total for number in range(total)]
+        self._frames: list[npt.NDArray[Any]] = []
+        for index in self._origins:
+            self._frames.append(recording.frame(index))
+            if progress is not None:
+                progress(len(self._frames), total)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def frame(self, index: int) -> npt.NDArray[Any]:
+        return self._frames[index % len(self._frames)]
+
+    def position(self, index: int) -> tuple[float, float] | None:
+        return self._recording.position(self.origin(index))
+
+    def origin(self, index: int) -> int:
+        return self._origins[index % len(self._origins)]
+
+    def detector(self) -> Detector:
+        return self._recording.detector()
+
+
+def build(scenario: Scenario) -> Twin:
+    """Make the sample and the detector of a scenario. Raises ConfigError, naming the key, where they do not fit together."""
+    return Twin(scenario)
+
+
+def _check_blocks(scenario: Scenario) -> None:
+    for number, step in enumerate(scenario.drift.steps):
+        block = step.hot_block
+        if block is not None and not all(0 <= at <= n - _HOT_BLOCK_PX for at, n in zip(block, scenario.detector.shape, strict=True)):
+            raise ConfigError(f"scenario {scenario.name}: drift.steps.{number}.hot_block {block} does not lie on the detector")
