@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -97,23 +98,13 @@ def _grow_from_twin(scenario: str, path: Path) -> None:
     from streamprior.train.grow import grow_prior
 
     twin = _twin(scenario)
-    chosen = list(range(0, len(twin), 4))
     with progress() as report:
-        prior = grow_prior(_Chosen(twin, chosen), progress=report, provenance={"twin": scenario, "frames": "0::4"})
+        frames = []
+        for i in range(0, len(twin), 4):
+            frames.append(twin.frame(i))
+            report("rendering", i + 4, len(twin))
+        prior = grow_prior(np.stack(frames), progress=report, provenance={"twin": scenario, "frames": "0::4"})
     save_prior(prior, path)
-
-
-class _Chosen:
-    """Some frames of the twin, as the trainer reads them."""
-
-    def __init__(self, twin: Any, indices: list[int]) -> None:
-        self._twin, self._indices = twin, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, i: int) -> Any:
-        return self._twin.frame(self._indices[i])
 
 
 def _twin(scenario: str) -> Any:

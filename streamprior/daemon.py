@@ -207,7 +207,7 @@ def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None
         catalog = Catalog(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
         live.append(LatestArrays(config.tiled.uri, key, config.tiled.parent, config.tiled.live_hz))
     growth = catalog.announce if catalog is not None else lambda folder: None
-    archive = Archive(config.archive.folder, prior, provenance, growth, recipe.signals, config.archive.chunk_frames)
+    archive = Archive(config.archive.folder, prior, provenance, growth, recipe.drift_columns, config.archive.chunk_frames)
     return catalog, [archive, *live]
 
 
