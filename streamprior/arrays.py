@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +129,23 @@ def corner_order(shape: tuple[int, ...]) -> npt.NDArray[np.intp]:
 
 @cache
 def _fftw() -> ctypes.CDLL | None:
-    """The single-precision FFTW that pyFFTW brings, or None. A symbol is looked up in a library's dependencies too, so this works for a
-    bundled FFTW with a mangled name as for the system's."""
-    try:
-        import pyfftw
+    """The single-precision FFTW that pyFFTW brings, or None.
 
-        library = ctypes.CDLL(pyfftw.pyfftw.__file__)
+    pyFFTW's compiled module is opened as a library and not imported (which takes a second and a half where dask is installed); a symbol
+    is looked up in a library's dependencies too, so this finds a bundled FFTW with a mangled name as well as the system's.
+    """
+    package = find_spec("pyfftw")
+    places = [] if package is None else package.submodule_search_locations or []
+    modules = [Path(place, f"pyfftw{suffix}") for place in places for suffix in EXTENSION_SUFFIXES]
+    found = next((module for module in modules if module.exists()), None)
+    if found is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(found))
         library.fftwf_plan_dft.restype = ctypes.c_void_p
         library.fftwf_execute.restype = None
         library.fftwf_destroy_plan.restype = None
-    except (ImportError, OSError, AttributeError):
+    except (OSError, AttributeError):
         return None
     pointer = ctypes.c_void_p
     library.fftwf_plan_dft.argtypes = [ctypes.c_int, pointer, pointer, pointer, ctypes.c_int, ctypes.c_uint]

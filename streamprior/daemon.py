@@ -111,7 +111,7 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
         state |= {"path": bool(pipeline.started and pipeline.failure is None)}
         return state | ({"tiled": catalog.up} if catalog is not None else {})
 
-    server = HttpServer(make_app(meters.registry, ledger, page, ready), config.http)
+    server = HttpServer(make_app(meters, ledger, page, ready), config.http)
     return Daemon(config, recipe, ledger, source, pipeline, catalog, server)
 
 
@@ -148,6 +148,8 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
 
 def _drain(daemon: Daemon, signals: _Signals) -> bool:
     """Let the rooms empty in order; False when that was cut short."""
+    if not daemon.pipeline.ended.is_set():
+        log.info("draining", most_s=daemon.config.runs.drain_s, in_flight=daemon.ledger.in_flight())
     daemon.pipeline.stop()
     waited = 0.0
     while not daemon.pipeline.ended.wait(0.1):

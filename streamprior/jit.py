@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -11,7 +14,23 @@ from numba.extending import intrinsic
 
 from streamprior.config import state_folder
 
-numba.config.CACHE_DIR = str(state_folder() / "numba")
+_KEPT_CACHES = 4
+
+
+def _cache_folder() -> Path:
+    """A folder for exactly these sources: numba looks at the file of the outermost kernel alone and would keep a stale one otherwise."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    root = state_folder() / "numba"
+    folder = root / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    for old in sorted(root.iterdir(), key=lambda one: one.stat().st_mtime)[:-_KEPT_CACHES]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+numba.config.CACHE_DIR = str(_cache_folder())
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from streamprior.errors import WireError
@@ -58,6 +59,11 @@ class Meters:
 
     def build_info(self, **facts: str) -> None:
         self._build.info(facts)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The text of a scrape and its content type, as the scraper's Accept header asks."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
     def received(self) -> None:
         self._received.inc()

@@ -15,8 +15,9 @@ from streamprior.errors import ConfigError
 from streamprior.prior import load_prior
 from streamprior.server import HttpServer
 from streamprior.sinks.tiled_api import probe
-from streamprior.sources.files import load_plane, open_recording
+from streamprior.sources.files import open_recording
 from streamprior.sources.zmq import ZmqPull
+from streamprior.stages.prepare import load_corrections
 
 _LEAST_FREE_BYTES = 10 * 2**30
 """10 GiB hold about 100,000 frames of 128 x 128 with objects of 64 x 64."""
@@ -59,9 +60,8 @@ def _prior(config: Config) -> str:
 
 def _corrections(config: Config) -> str:
     files = [file for file in (config.prepare.mask, config.prepare.flat, config.prepare.dark) if file is not None]
-    shape = load_prior(config.prior).geometry.detector_shape if files else (0, 0)
-    for file in files:
-        load_plane(file, shape)
+    if files:
+        load_corrections(config.prepare, load_prior(config.prior).geometry.detector_shape)
     return ", ".join(map(str, files)) or "none but what the start message brings"
 
 

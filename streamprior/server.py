@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 
 import uvicorn
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -19,18 +17,19 @@ from starlette.types import ASGIApp
 from streamprior.config import HttpSettings
 from streamprior.errors import ConfigError
 from streamprior.ledger import Ledger
+from streamprior.metrics import Meters
 from streamprior.sinks.page import LivePage
 
 Health = Callable[[], Mapping[str, bool]]
 """What must be true for the daemon to be ready: name -> whether it is."""
 
 
-def make_app(registry: CollectorRegistry, ledger: Ledger, page: LivePage, ready: Health) -> Starlette:
+def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> Starlette:
     """The routes. Every handler is a plain function: Starlette runs it in a thread, so no request holds up another."""
 
     def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), media_type=content_type)
+        text, content_type = meters.render(request.headers.get("accept", ""))
+        return Response(text, media_type=content_type)
 
     def healthz(request: Request) -> Response:
         return JSONResponse({"alive": True})
@@ -88,6 +87,8 @@ class HttpServer:
             self._socket = socket.socket(family)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
+            # From here on a request waits for the server's thread instead of being refused.
+            self._socket.listen(128)
         except OSError as error:
             raise ConfigError(
                 f"http.port: cannot listen on {host}:{port} ({error.strerror}); stop the process that holds it or set http.port to another"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiled_fixture import tiled_server as tiled_server
+
 # Kernels and FFT plans are cached between runs in a folder beside the developer's own, so that a test never changes that one.
 os.environ.setdefault("STREAMPRIOR_STATE", str(Path(tempfile.gettempdir()) / "streamprior-test-state"))
 

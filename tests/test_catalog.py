@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_archive import DRIFT, PROVENANCE, make_prior, make_result, make_run
-from tiled_fixture import RunningTiled
 
 from streamprior.errors import SinkUnavailable
 from streamprior.records import RunEnded
@@ -25,6 +24,8 @@ from streamprior.sinks.embedded import embedded_tiled
 from streamprior.sinks.live import LatestArrays, thinning
 from streamprior.sinks.rows import PART_ROWS
 from streamprior.sinks.tiled_api import TiledApi, probe
+from tests.test_archive import DRIFT, PROVENANCE, make_prior, make_result, make_run
+from tests.tiled_fixture import RunningTiled
 
 UID = "uid-0001-abcdef"
 KEY = run_key(make_run())
@@ -118,6 +119,18 @@ def test_a_finished_run_carries_its_metadata_and_spec(archive: Archive, catalog:
     np.testing.assert_allclose(frames["chi2"], [0.01 * index for index in range(10)])
     assert set(frames["arm"]) == {"prototype"}
     assert not catalog.pending()
+
+
+def test_a_run_that_goes_on_after_its_end_goes_on_in_tiled(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    for extent in (5, 9):
+        archive.begin(make_run())
+        catalog.step()
+        write(archive, range(extent - 4, extent))
+        end(archive)
+        assert catalog.step()
+        node = client[folder.name][KEY]
+        assert (node.metadata["status"], node.metadata["extent"]) == ("complete", extent)
+        check_images(node, [extent - 1])
 
 
 def test_late_missing_and_repeated_frames_are_right_in_tiled(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
@@ -240,10 +253,10 @@ def test_close_registers_the_last_of_a_run_that_the_thread_mirrors(
 
 
 def test_a_tiled_that_starts_after_the_run_and_then_loses_its_memory_is_caught_up(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    with embedded_tiled(tmp_path / "first", [tmp_path]) as gone:
-        address = gone.uri
-    port = int(address.rpartition(":")[2])
-    catalog = Catalog(address, "secretofours", tmp_path / "archive")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    catalog = Catalog(f"http://127.0.0.1:{port}", "secretofours", tmp_path / "archive")
     archive = Archive(tmp_path / "archive", make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
     request.addfinalizer(archive.close)
     archive.open()
@@ -256,7 +269,7 @@ def test_a_tiled_that_starts_after_the_run_and_then_loses_its_memory_is_caught_u
     archive.end(RunEnded("first-run", "end", 1_700_000_060.0))
     archive.begin(make_run())
     write(archive, range(4))
-    for memory in ("second", "third"):  # the third is empty again, as a temporary catalog is
+    for memory in ("first", "second"):  # the second is empty again, as a temporary catalog is
         with embedded_tiled(tmp_path / memory, [tmp_path], api_key="secretofours", port=port) as back:
             write(archive, range(4, 9))
             assert catalog.step()

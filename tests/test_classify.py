@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import h5py
-import naive
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ from streamprior.prior import freeze
 from streamprior.records import NOT_MEASURED, Batch, Detector, Frame, Photons, RunStarted
 from streamprior.stages.classify import Classifier
 from streamprior.stages.features import features
+from tests import naive
 
 DATA = "entry_1/instrument_1/detector_1/data"
 

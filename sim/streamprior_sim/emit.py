@@ -128,6 +128,8 @@ def zmq_sender(address: str, timeout_s: float = 10.0) -> Iterator[Sender]:
     ------
     ConfigError
         The address is malformed, or nobody listens there within `timeout_s`.
+    SinkUnavailable
+        From `send`: the receiver took nothing for `timeout_s`.
     """
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
@@ -141,7 +143,12 @@ def zmq_sender(address: str, timeout_s: float = 10.0) -> Iterator[Sender]:
             raise ConfigError(f"cannot send to {address}: {error}; name it as tcp://HOST:PORT") from None
         if not socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
             raise ConfigError(f"nobody listens at {address} ({timeout_s:g} s); start the receiver first, or name its address")
-        yield _Push(socket, address, timeout_s)
+        try:
+            yield _Push(socket, address, timeout_s)
+        except SinkUnavailable:
+            # Nobody takes the rest either.
+            socket.setsockopt(zmq.LINGER, 0)
+            raise
 
 
 class _Push:

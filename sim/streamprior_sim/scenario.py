@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streamprior.errors import ConfigError
 
-_FROZEN = ConfigDict(extra="forbid", frozen=True)
+_FROZEN = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class CrystalSettings(BaseModel):
@@ -23,6 +23,7 @@ class CrystalSettings(BaseModel):
     model_config = _FROZEN
 
     kind: Literal["bragg"]
+    """Bragg coherent diffraction."""
     seed: int | None = None
     """The crystal's own seed; the scenario's where absent. Two scenarios with one crystal differ in their noise alone."""
     size_nm: float = Field(default=220.0, gt=0)
@@ -47,6 +48,7 @@ class GoldBallSettings(BaseModel):
     model_config = _FROZEN
 
     kind: Literal["gold_balls"]
+    """Ptychography."""
     seed: int | None = None
     """The sample's own seed; the scenario's where absent."""
     data: Path | None = None
@@ -152,8 +154,11 @@ class Scenario(BaseModel):
     energy_ev: float = Field(gt=0)
     """Photon energy, electronvolts."""
     sample: Annotated[CrystalSettings | GoldBallSettings, Field(discriminator="kind")]
+    """What scatters; its `kind` says which experiment this is."""
     detector: DetectorSettings = DetectorSettings()
+    """The detector and its faults."""
     drift: DriftSettings = DriftSettings()
+    """What changes during the run."""
 
 
 # Which model holds the keys below a name in an error's location.

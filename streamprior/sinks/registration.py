@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
@@ -28,9 +28,10 @@ class RunUnreadable(SinkUnavailable):
 
 @dataclass
 class _Known:
-    """What Tiled was told of one run: its status, and for each node its data source's id and extent (frames, or parts)."""
+    """What Tiled was told of one run: (status, extent, frames) as its metadata has them, and for each node its data source's id
+    and extent (frames, or parts)."""
 
-    status: str
+    told: tuple[Any, ...]
     nodes: dict[str, tuple[int, int]] = field(default_factory=dict)
     readable: bool = False
 
@@ -77,23 +78,26 @@ class Registrar:
         """
         about, parts, schema = _read(folder)
         known = self._known.get(folder.name) or self._discover(folder.name, about)
-        if known.status == about["status"] != "running":
+        state, running = _state(about), about["status"] == "running"
+        if known.told == state and not running:
             return
         self._known[folder.name] = known
         try:
             if about["extent"]:
-                for name, layout in about["arrays"].items():
-                    self._sync_array(folder.name, name, layout, about["extent"])
+                # The table first: whoever hears that the arrays have grown finds the rows of those frames.
                 if parts:
                     self._sync_table(folder.name, parts, schema)
+                for name, layout in about["arrays"].items():
+                    self._sync_array(folder.name, name, layout, about["extent"])
                 self._check_readable(folder, known)
-            if about["status"] != "running":
+            if not running or known.told[0] != "running":  # at the end, and when a run that had ended goes on
                 path = f"/metadata/{node_path([*self._parent, folder.name])}"
                 self._api.send("PUT", path, {"metadata": about, "specs": [RUN_SPEC]}, drop_revision="true")
+                known.told = state
         except SinkUnavailable:
             del self._known[folder.name]
             raise
-        if about["status"] != "running":
+        if not running:
             del self._known[folder.name]
 
     def _discover(self, key: str, about: Mapping[str, Any]) -> _Known:
@@ -103,8 +107,8 @@ class Registrar:
             # Called running until its arrays are there, so that a catch-up that is cut short is taken up again.
             body = {"id": key, "structure_family": "container", "metadata": {**about, "status": "running"}, "specs": [RUN_SPEC]}
             create(self._api, self._parent, body)
-            return _Known("running")
-        known = _Known(node["data"]["attributes"]["metadata"].get("status", "running"))
+            return _Known(("running",))
+        known = _Known(_state(node["data"]["attributes"]["metadata"]))
         for name in (*about["arrays"], "frames"):
             child = self._api.get(f"/metadata/{node_path([*path, name])}", include_data_sources="true")
             if child is not None:
@@ -183,20 +187,14 @@ def array_structure(layout: Mapping[str, Any], extent: int) -> dict[str, Any]:
     structure = ArrayStructure(
         shape=(extent, *shape), chunks=(blocks, *((side,) for side in shape)), data_type=BuiltinDtype.from_numpy_dtype(dtype)
     )
-    return _jsonable(structure)
+    return asdict(structure)
 
 
 def table_structure(schema: Any, parts: int) -> dict[str, Any]:
     """Tiled's structure of a table of `parts` files with this Arrow schema."""
     from tiled.structures.table import TableStructure
 
-    return _jsonable(TableStructure.from_schema(schema, npartitions=parts))
-
-
-def _jsonable(structure: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(structure)
+    return asdict(TableStructure.from_schema(schema, npartitions=parts))
 
 
 def _source(family: str, structure: Mapping[str, Any], mimetype: str, assets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -210,12 +208,19 @@ def _source(family: str, structure: Mapping[str, Any], mimetype: str, assets: Se
     }
 
 
+def _state(about: Mapping[str, Any]) -> tuple[Any, ...]:
+    return about.get("status"), about.get("extent"), about.get("frames")
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], list[Path], Any]:
     try:
         about = read_about(folder)
+        missing = {"status", "extent", "frames", "arrays"} - about.keys()
+        if missing:
+            raise ValueError(f"run.json lacks {', '.join(sorted(missing))}")
         parts = part_paths(folder / "frames")
-        return about | {"status": about["status"], "extent": int(about["extent"])}, parts, pq.read_schema(parts[0]) if parts else None
-    except (OSError, ValueError, KeyError) as error:
+        return about, parts, pq.read_schema(parts[0]) if parts else None
+    except (OSError, ValueError) as error:
         raise RunUnreadable(
             f"run {folder}: cannot be read ({type(error).__name__}: {error}); restore it or move it out of the archive"
         ) from error

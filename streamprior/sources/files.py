@@ -165,22 +165,6 @@ class AsRead:
         return message
 
 
-def load_plane(file: Path, shape: tuple[int, int]) -> npt.NDArray[Any]:
-    """A mask, flat or dark: .npy or FILE::/dataset, of `shape`. Raises ConfigError otherwise."""
-    name, _, inside = os.fspath(file).partition("::")
-    try:
-        if name.endswith(".npy"):
-            plane: npt.NDArray[Any] = np.load(name, allow_pickle=False)
-        else:
-            with h5py.File(name) as opened:
-                plane = np.asarray(opened[inside][()])
-    except (OSError, KeyError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as .npy or FILE::/dataset ({error})") from None
-    if plane.shape != shape:
-        raise ConfigError(f"{file}: has shape {plane.shape}, the detector {shape}")
-    return plane
-
-
 def _whole(path: Path, stack: Any, **more: Any) -> Recording:
     geometry = more.pop("geometry", Detector(shape=tuple(stack.shape[1:3])))
     return Recording(path, stack, range(stack.shape[0]), geometry, **more)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import distance_transform_edt
 
-from streamprior.errors import WireError
+from streamprior.config import PrepareSettings
+from streamprior.errors import ConfigError, WireError
 from streamprior.jit import kernel
 from streamprior.prior import Geometry, Prior
 from streamprior.records import Batch, Detector, Flag, Photons
@@ -64,6 +68,36 @@ def prepare(
         rows, columns = prior.geometry.detector_shape
         raise ValueError(f"frames have shape {stack.shape}, this prior was made for (B, {rows}, {columns})")
     return _Region(prior.geometry, prior.invalid, Corrections(mask, flat, dark)).photons(list(stack))
+
+
+def load_corrections(settings: PrepareSettings, shape: tuple[int, int]) -> Corrections:
+    """The operator's mask, flat and dark from their files. Raises ConfigError where one cannot be read or has not the detector's shape."""
+
+    def plane(file: Path | None) -> npt.NDArray[Any] | None:
+        return None if file is None else _load_plane(file, shape)
+
+    mask, flat, dark = plane(settings.mask), plane(settings.flat), plane(settings.dark)
+    return Corrections(
+        mask=mask != 0 if mask is not None else None,
+        flat=flat.astype(np.float32) if flat is not None else None,
+        dark=dark.astype(np.float32) if dark is not None else None,
+        saturation=settings.saturation,
+    )
+
+
+def _load_plane(file: Path, shape: tuple[int, int]) -> npt.NDArray[Any]:
+    name, _, inside = os.fspath(file).partition("::")
+    try:
+        if name.endswith(".npy"):
+            plane: npt.NDArray[Any] = np.load(name, allow_pickle=False)
+        else:
+            with h5py.File(name) as opened:
+                plane = np.asarray(opened[inside][()])
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as .npy or FILE::/dataset ({error})") from None
+    if plane.shape != shape:
+        raise ConfigError(f"{file}: has shape {plane.shape}, the detector {shape}")
+    return plane
 
 
 class Preparer:

@@ -1,7 +1,7 @@
 """One frame's arrays -> the same, projected: the compiled passes between two transforms, each over a frame once.
 
-Working arrays are in FFT order (beam and object in the corner); frames come and objects leave centred. Complex ones come as pairs (real, imaginary) of float32, which
-vectorise where numba's complex numbers do not.
+Working arrays are in FFT order (beam and object in the corner); frames come and objects leave centred. Complex numbers are pairs
+(real, imaginary) of float32, which vectorise where numba's complex ones do not.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _load_row(counts, valid, held_out, scale, target):  # type: ignore[no-untype
         used = fit & valid[i] & (not held_out[i])
         target[i] = np.sqrt(counts[i] * scale) if used else F32(-1)
         photons += np.float64(counts[i]) if used else 0.0
-        pixels += np.int64(used)
-        unfit += np.int64(valid[i] & (not fit))
+        pixels += 1 if used else 0
+        unfit += 1 if valid[i] & (not fit) else 0
     return photons, pixels, unfit
 
 
@@ -58,14 +58,9 @@ def load_object(rows, start, support, psi, inside):  # type: ignore[no-untyped-d
     for y in range(rows.size):
         j = rows[y]
         for first, last, to in ((half, columns, 0), (0, half, columns - half)):
-            shift = to - first
-            for x in range(first, last):
-                inside[y, x + shift] = support[j, x]
-                area += np.int64(support[j, x])
-            for k in range(2 * first, 2 * last):
-                fit = abs(start[j, k]) < F32(np.inf)
-                psi[y, k + 2 * shift] = start[j, k] if fit else F32(0)
-                unfit += np.int64(not fit)
+            end = to + last - first
+            area += _copy_support(support[j, first:last], inside[y, to:end])
+            unfit += _copy_object(start[j, 2 * first : 2 * last], psi[y, 2 * to : 2 * end])
     return area, 2 if unfit else 0
 
 
@@ -77,8 +72,29 @@ def store_object(rows, psi, inside, object, support):  # type: ignore[no-untyped
     for y in range(rows.size):
         j = rows[y]
         for first, last, to in ((half, columns, 0), (0, half, columns - half)):
-            support[j, first:last] = inside[y, to : to + last - first]
-            object[j, 2 * first : 2 * last] = psi[y, 2 * to : 2 * (to + last - first)]
+            end = to + last - first
+            _copy_support(inside[y, to:end], support[j, first:last])
+            _copy_object(psi[y, 2 * to : 2 * end], object[j, 2 * first : 2 * last])
+
+
+@kernel
+def _copy_support(source, target):  # type: ignore[no-untyped-def]
+    area = 0
+    for i in range(source.size):
+        target[i] = source[i]
+        area += 1 if source[i] else 0
+    return area
+
+
+@kernel
+def _copy_object(source, target):  # type: ignore[no-untyped-def]
+    unfit = 0
+    for i in range(source.size):
+        value = source[i]
+        fit = abs(value) < F32(np.inf)
+        target[i] = value if fit else F32(0)
+        unfit += 0 if fit else 1
+    return unfit
 
 
 @kernel

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from streamprior.config import DriftSettings, PrepareSettings, RefineSettings
+from streamprior.errors import ConfigError
 from streamprior.prior import Prior
 from streamprior.records import Batch, Detector, Frame, RunStarted
 from streamprior.seams import Stage, Watch
-from streamprior.sources.files import load_plane
 from streamprior.stages.classify import Classifier
 from streamprior.stages.drift import DriftWatch, measured_here, signals
 from streamprior.stages.match import Matcher
-from streamprior.stages.prepare import Corrections, Preparer
+from streamprior.stages.prepare import Preparer, load_corrections
 from streamprior.stages.refine import Refiner
 
 
@@ -47,11 +46,17 @@ class Recipe:
         return measured_here(self.prior.class_names)
 
     def stages(self) -> Sequence[Stage]:
-        """A fresh set for one worker."""
-        always: tuple[Stage, ...] = (Preparer(self.prior, self._corrections()), Classifier(self.prior))
+        """A fresh set for one worker. Raises ConfigError for a schedule that is none."""
+        always: tuple[Stage, ...] = (
+            Preparer(self.prior, load_corrections(self.prepare, self.prior.geometry.detector_shape)),
+            Classifier(self.prior),
+        )
         if not self.refine.enabled:
             return always
-        refiner = Refiner(self.prior, self.refine.schedule or self.refine.iterations, self.refine.weight, self.refine.free_fraction)
+        try:
+            refiner = Refiner(self.prior, self.refine.schedule or self.refine.iterations, self.refine.weight, self.refine.free_fraction)
+        except ValueError as error:
+            raise ConfigError(f"refine.schedule: {error}") from None
         return (*always, Matcher(self.prior), refiner)
 
     def watches(self) -> Sequence[Watch]:
@@ -66,17 +71,3 @@ class Recipe:
             batch = Batch(run, (Frame("", "", 0, np.ones(shape, dtype), 0.0),))
             for stage in stages:
                 batch = stage(batch)
-
-    def _corrections(self) -> Corrections:
-        shape = self.prior.geometry.detector_shape
-
-        def plane(file: Path | None) -> np.ndarray | None:
-            return None if file is None else load_plane(file, shape)
-
-        mask, flat, dark = plane(self.prepare.mask), plane(self.prepare.flat), plane(self.prepare.dark)
-        return Corrections(
-            mask=mask != 0 if mask is not None else None,
-            flat=flat.astype(np.float32) if flat is not None else None,
-            dark=dark.astype(np.float32) if dark is not None else None,
-            saturation=self.prepare.saturation,
-        )

@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from streamprior.arrays import FftwPlan, check_backend, corner_order, make_plan
 from streamprior.prior import Prior
 from streamprior.records import Batch, Flag, Photons, Reconstruction, Start
-from streamprior.stages.projections import iterate_fftw, load_counts, load_object, project_modulus, score, update_object
+from streamprior.stages.projections import iterate_fftw, load_counts, load_object, project_modulus, score, store_object, update_object
 from streamprior.stages.schedule import OUTSIDE, Iterate, Schedule, ShrinkWrap, parse_schedule
 
 F32 = np.float32
@@ -123,15 +123,22 @@ class Solver:
             raise ValueError(f"weight is {weight}; the proximal weight is a finite number from 0")
         self._shape, self._schedule, self._weight = shape, schedule, weight
         self._plan = make_plan(shape, engine)
-        self._rows = corner_order(shape[:-1])
-        size, grid = math.prod(shape), (-1, shape[-1])
+        size = math.prod(shape)
         self._inverse = F32(1 / size)
+        self._rows = corner_order(shape[:-1])
         self._held_out = free_islands(shape, free_fraction)
+        order = corner_order(shape)
+        self._free = np.flatnonzero(self._held_out.reshape(-1)[order])  # where held-out pixels lie in FFT order, and in the centred frame
+        self._free_centred = order[self._free]
         # Copies of the frame in hand, of one dtype and layout whatever came in: one compiled variant of each kernel serves all.
-        self._counts, self._start = np.empty(shape, F32).reshape(grid), np.empty(shape, np.complex64).reshape(grid)
-        self._valid, self._support = np.empty(shape, np.bool_).reshape(grid), np.empty(shape, np.bool_).reshape(grid)
+        self._counts, self._start = np.empty(shape, F32), np.empty(shape, np.complex64)
+        self._valid, self._support = np.empty(shape, np.bool_), np.empty(shape, np.bool_)
         # In FFT order: sqrt(counts * size), the modulus that an unscaled FFT must have, or -1 where nothing was measured.
-        self._target = np.empty(size, F32)
+        self._target = np.empty(shape, F32)
+        self._inside = np.empty(shape, np.bool_)
+        self._anchor = np.zeros(2 * size, F32)
+        self._errors = np.zeros(schedule.iterations + 1)
+
     def solve(
         self,
         counts: npt.NDArray[Any],
@@ -149,7 +156,7 @@ class Solver:
             np.copyto(self._valid, valid[i])
             np.copyto(self._support, support[i])
             self._refine_one(result, i)
-            self._psi_out(result, i)
+            store_object(self._rows, _rows(self._plan.psi), _rows(self._inside), _rows(result.psi[i]), _rows(result.support[i]))
         return result
 
     def _blank(self, number: int, flags: npt.NDArray[np.uint32] | None) -> Reconstruction:
@@ -168,16 +175,17 @@ class Solver:
         )
 
     def _refine_one(self, result: Reconstruction, i: int) -> None:
-        photons, pixels, found = load_counts(self._order, self._counts.reshape(-1), self._valid.reshape(-1), self._held_out, self._target)
+        frame = (_rows(self._counts), _rows(self._valid), _rows(self._held_out))
+        photons, pixels, found = load_counts(self._rows, *frame, _rows(self._target))
         area, broken = self._begin()
         found |= broken
         if not area:
             found |= Flag.NO_SUPPORT
-            self._psi[:] = 0
+            self._plan.psi[...] = 0
         if not found:
-            self._anchor[:] = self._psi
+            self._anchor[:] = _flat(self._plan.psi)
             self._run(area)
-            squares, residual, moduli = score(self._field, self._target)
+            squares, residual, moduli = score(_flat(self._plan.field), _flat(self._target))
             self._errors[-1] = squares
             if not np.isfinite(self._errors).all():  # counts or a start beyond what single precision can square
                 found |= Flag.NONFINITE
@@ -193,7 +201,7 @@ class Solver:
 
     def _begin(self) -> tuple[int, int]:
         """psi and the support as they came; returns the support's area and what is wrong with the start."""
-        area, flags = load_object(self._order, self._start.reshape(-1).view(F32), self._support.reshape(-1), self._psi, self._inside)
+        area, flags = load_object(self._rows, _rows(self._start), _rows(self._support), _rows(self._plan.psi), _rows(self._inside))
         return int(area), int(flags)
 
     def _run(self, area: int) -> None:
@@ -201,37 +209,43 @@ class Solver:
         done = 0
         for step in self._schedule.steps:
             if isinstance(step, ShrinkWrap):
-                shrink_wrap(self._plan.psi, step, area, self._inside.reshape(self._shape))
+                shrink_wrap(self._plan.psi, step, area, self._inside)
             else:
                 self._iterate(step, self._errors[done : done + step.times])
                 done += step.times
         self._plan.forward()
 
     def _iterate(self, step: Iterate, errors: npt.NDArray[np.float64]) -> None:
-        rule = np.array([*OUTSIDE[step.rule], self._weight], F32)
-        plan, target, inside, anchor = self._plan, self._target, self._inside, self._anchor
+        plan, rule = self._plan, np.array([*OUTSIDE[step.rule], self._weight], F32)
+        psi, field, target, inside = _flat(plan.psi), _flat(plan.field), _flat(self._target), _flat(self._inside)
         if isinstance(plan, FftwPlan):
             transforms = (plan.execute, plan.forward_plan, plan.backward_plan)
-            iterate_fftw(*transforms, self._psi, self._field, target, inside, anchor, rule, self._inverse, errors)
+            iterate_fftw(*transforms, psi, field, target, inside, self._anchor, rule, self._inverse, errors)
             return
         for j in range(step.times):
             plan.forward()
-            errors[j] = project_modulus(self._field, target, self._inverse)
+            errors[j] = project_modulus(field, target, self._inverse)
             plan.backward()
-            update_object(self._psi, self._field, inside, anchor, rule)
-
-    def _psi_out(self, result: Reconstruction, i: int) -> None:
-        np.take(self._plan.psi.reshape(-1), self._back, out=result.psi[i].reshape(-1), mode="clip")
-        np.take(self._inside, self._back, out=result.support[i].reshape(-1), mode="clip")
+            update_object(psi, field, inside, self._anchor, rule)
 
     def _free_likelihood(self) -> float:
         """Poisson log-likelihood of the held-out pixels, 1 for a perfect model (PHYSICS section 2); NaN where none is held out."""
-        held = self._held_out & self._valid.reshape(-1)
-        photons = self._counts.reshape(-1)[held].astype(np.float64)
+        measured = self._valid.reshape(-1)[self._free_centred]
+        photons = self._counts.reshape(-1)[self._free_centred[measured]].astype(np.float64)
         if not photons.size:
             return math.nan
-        model = np.abs(self._plan.field.reshape(-1)[self._back[held]].astype(np.complex128)) ** 2 / self._target.size
-        return poisson_llk(photons, model)
+        field = self._plan.field.reshape(-1)[self._free[measured]].astype(np.complex128)
+        return poisson_llk(photons, np.abs(field) ** 2 / self._target.size)
+
+
+def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A flat view; complex numbers as pairs (real, imaginary) of float32, which is what the kernels take."""
+    return array.reshape(-1).view(F32) if array.dtype == np.complex64 else array.reshape(-1)
+
+
+def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same as rows along the last axis."""
+    return _flat(array).reshape(math.prod(array.shape[:-1]), -1)
 
 
 def poisson_llk(counts: npt.NDArray[np.float64], model: npt.NDArray[np.float64]) -> float:
@@ -244,7 +258,7 @@ def poisson_llk(counts: npt.NDArray[np.float64], model: npt.NDArray[np.float64])
 
 
 def free_islands(shape: tuple[int, ...], fraction: float) -> npt.NDArray[np.bool_]:
-    """Flat, centred map of about `fraction` of the pixels, in discs (balls) of radius 3 px; the same for every frame of this shape."""
+    """Centred map of about `fraction` of the pixels, in discs (balls) of radius 3 px; the same for every frame of this shape."""
     if not 0 <= fraction < 0.5:
         raise ValueError(f"free_fraction is {fraction}; from 0 (none) to below 0.5 of the pixels can be held out")
     held = np.zeros(shape, np.bool_)
@@ -260,7 +274,7 @@ def free_islands(shape: tuple[int, ...], fraction: float) -> npt.NDArray[np.bool
         island = place[:, pixel, None] + disc
         island = island[:, ((island >= 0) & (island < np.array(shape)[:, None])).all(0)]
         held[tuple(island)] = True
-    return held.reshape(-1)
+    return held
 
 
 def shrink_wrap(psi: npt.NDArray[np.complex64], step: ShrinkWrap, area: int, inside: npt.NDArray[np.bool_]) -> None:

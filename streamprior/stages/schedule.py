@@ -11,7 +11,8 @@ MAX_ITERATIONS = 100_000
 """A schedule is run on every frame; one longer than this is a slip of the keyboard."""
 
 DEFAULT_THRESHOLD = 0.1
-"""Of the maximum: the usual choice for Bragg data (cohere's `shrink_wrap_threshold`); Marchesini 2003 took 0.2 for a thin 2-D sample."""
+"""Of the maximum. cohere takes 0.1 where it finds the support of a finished crystal (`shrink_wrap(image, .1, 1.0)`); Marchesini 2003 took
+0.2 for thin samples. The lower one loses less of a crystal's weak parts, and the guard on the area bounds what it may let in."""
 
 BETA = 0.9
 """Feedback of HIO and relaxation of RAAR (Fienup 1982; PHYSICS section 2)."""

@@ -10,12 +10,15 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-import bitshuffle
 import lz4.block
 import numpy as np
 import numpy.typing as npt
 
+from streamprior.config import one_openmp_thread
 from streamprior.errors import WireError
+
+one_openmp_thread()  # before the import below: the library reads it once
+import bitshuffle  # noqa: E402
 
 _HEADER = struct.Struct(">QI")
 _LENGTH = struct.Struct(">I")
