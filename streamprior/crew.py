@@ -50,6 +50,7 @@ def results_of(batch: Batch, prior: Prior) -> list[Result]:
     assert photons is not None
     assert classes is not None
     rows, columns = prior.object_box
+    unknown = np.full((rows.stop - rows.start, columns.stop - columns.start), complex("nan+nanj"), np.complex64)
     results = []
     for i, frame in enumerate(batch.frames):
         results.append(
@@ -58,7 +59,7 @@ def results_of(batch: Batch, prior: Prior) -> list[Result]:
                 index=frame.index,
                 classes=classes.ids[i],
                 # A copy, so that a result does not keep the whole frame's psi alive.
-                object=found.psi[i][rows, columns].copy() if found is not None else _NOTHING,
+                object=found.psi[i][rows, columns].copy() if found is not None else unknown,
                 counts=photons.counts[i],
                 received=frame.received,
                 detector_time=frame.detector_time,
@@ -77,9 +78,6 @@ def results_of(batch: Batch, prior: Prior) -> list[Result]:
             )
         )
     return results
-
-
-_NOTHING = np.empty((0, 0), np.complex64)
 
 
 def _arm(unit: int) -> str:

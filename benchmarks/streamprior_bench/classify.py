@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from streamprior.prior import Geometry, Prior
 from streamprior.stages.classify import Classifier
 from streamprior.stages.features import features
+from streamprior_bench.measure import interleaved
 
 SIZES = (104, 512, 2048)
 CLASSES = (3, 7)
@@ -29,8 +29,8 @@ def run(repeats: int = 7) -> Iterator[dict[str, Any]]:
 
 
 def _one(size: int, classes: int, repeats: int) -> dict[str, Any]:
-    frames = _frames(size)
-    prior = _prior(frames, classes)
+    frames = synthetic_frames(size)
+    prior = synthetic_prior(frames, classes)
     classifier = Classifier(prior)
     valid = ~prior.invalid
     ids = np.empty(frames.shape, np.uint8)
@@ -41,7 +41,7 @@ def _one(size: int, classes: int, repeats: int) -> dict[str, Any]:
         np.copyto(copied, frames)
         ids.fill(0)
 
-    seconds = _interleaved(
+    seconds = interleaved(
         {"ours": lambda: classifier.classes(frames, valid), "naive": lambda: _naive(frames[0], prior), "floor": floor}, repeats
     )
     pixels = {"ours": frames.size, "naive": frames[0].size, "floor": frames.size}
@@ -63,18 +63,7 @@ def _one(size: int, classes: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def _interleaved(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; in turn, so that a slow moment of the machine hits all of them. The first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats + 1):
-        for name, work in contestants.items():
-            begin = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
-
-
-def _frames(size: int) -> np.ndarray[Any, Any]:
+def synthetic_frames(size: int) -> np.ndarray[Any, Any]:
     """(B, size, size) float32 Poisson counts of a core, a ring and a background; about a million pixels, and at least one frame."""
     rows, columns = np.mgrid[:size, :size] / size - 0.5
     radius = np.hypot(rows, columns)
@@ -83,7 +72,7 @@ def _frames(size: int) -> np.ndarray[Any, Any]:
     return np.stack([rng.poisson(ideal) for _ in range(max(1, 2**20 // size**2))]).astype(np.float32)
 
 
-def _prior(frames: np.ndarray[Any, Any], classes: int) -> Prior:
+def synthetic_prior(frames: np.ndarray[Any, Any], classes: int) -> Prior:
     """Scaled features, random orthonormal projections, and pixels of the frame as centroids: all that the cost depends on."""
     size = frames.shape[1]
     normaliser = float(frames.mean())

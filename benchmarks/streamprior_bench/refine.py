@@ -6,9 +6,7 @@ busy machine slows all of them alike.
 
 from __future__ import annotations
 
-import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +18,11 @@ from streamprior.arrays import FftwPlan, make_plan
 from streamprior.jit import call, kernel
 from streamprior.stages.refine import Solver
 from streamprior.stages.schedule import parse_schedule
+from streamprior_bench.measure import interleaved
 
 ITERATIONS = 50
 SHAPES = ((104, 104), (128, 128), (256, 256), (64, 64, 64))
 FRAMES_A_THREAD = 16
-SECONDS = 0.2
-"""Length of a repeat: a few milliseconds would fall whole into another process's turn on the core."""
 
 Array = npt.NDArray[Any]
 
@@ -41,9 +38,10 @@ def _one_frame(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     frames = _frames(shape, 1)
     solver = Solver(shape, parse_schedule(ITERATIONS))
     floor = _floor(shape)
-    ours, alone, scipy_loop = _interleaved(
-        repeats, lambda: solver.solve(*frames, None), floor, lambda: _scipy_er(*(a[0] for a in frames[:3]))
+    seconds = interleaved(
+        {"ours": lambda: solver.solve(*frames, None), "floor": floor, "scipy": lambda: _scipy_er(*(a[0] for a in frames[:3]))}, repeats
     )
+    ours, alone, scipy_loop = (1e3 * seconds[name] for name in ("ours", "floor", "scipy"))
     return {
         "what": f"ER-{ITERATIONS} {'x'.join(map(str, shape))}",
         "engine": make_plan(shape).engine,
@@ -66,30 +64,13 @@ def _threads(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
         for thread in threads:
             thread.join()
 
-    one, two = _interleaved(repeats, lambda: solvers[0].solve(*frames, None), both)
+    seconds = interleaved({"one": lambda: solvers[0].solve(*frames, None), "two": both}, repeats)
     return {
         "what": f"ER-{ITERATIONS} {'x'.join(map(str, shape))}, 2 threads over frames",
-        "one_thread_frames_per_s": 1e3 * FRAMES_A_THREAD / one,
-        "two_threads_frames_per_s": 2e3 * FRAMES_A_THREAD / two,
-        "two_over_one": 2 * one / two,
+        "one_thread_frames_per_s": FRAMES_A_THREAD / seconds["one"],
+        "two_threads_frames_per_s": 2 * FRAMES_A_THREAD / seconds["two"],
+        "two_over_one": 2 * seconds["one"] / seconds["two"],
     }
-
-
-def _interleaved(repeats: int, *measured: Callable[[], object]) -> tuple[float, ...]:
-    """Median milliseconds of each, after a call that compiles and plans; a repeat is as many rounds as go into SECONDS, at least one."""
-    for function in measured:
-        function()
-    begun = time.perf_counter()
-    for function in measured:
-        function()
-    rounds = max(1, round(SECONDS / (time.perf_counter() - begun)))
-    times: list[list[float]] = [[] for _ in measured]
-    for _ in range(repeats * rounds):
-        for function, spent in zip(measured, times, strict=True):
-            begun = time.perf_counter()
-            function()
-            spent.append(1e3 * (time.perf_counter() - begun))
-    return tuple(statistics.median(spent) for spent in times)
 
 
 def _frames(shape: tuple[int, ...], number: int) -> tuple[Array, Array, Array, Array]:

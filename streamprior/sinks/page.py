@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamprior.prior import Prior
-from streamprior.records import Result, RunEnded, RunStarted
+from streamprior.records import Flag, Result, RunEnded, RunStarted
 
 
 class LivePage:
@@ -64,7 +64,7 @@ def _encode(result: Result, serial: int, prior: Prior) -> bytes:
         "frame": _bytes(logarithm, float(logarithm.max())),
         "classes": np.ascontiguousarray(result.classes),
     }
-    if result.object.size:
+    if not result.flags & Flag.NOT_REFINED:
         amplitude = np.abs(result.object)
         images["amplitude"] = _bytes(amplitude, float(amplitude.max()))
         images["phase"] = ((np.angle(result.object) / (2 * np.pi) + 0.5) * 255).astype(np.uint8)
