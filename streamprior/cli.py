@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import typer
@@ -82,14 +84,15 @@ def demo(
 
     Example: streamprior demo --headless --frames 400
     """
-    from streamprior import demo as show
+    with faults():
+        from streamprior import demo as show
 
-    settings = show.DemoSettings(scenario, frames, rate, headless, port)
-    with faults(), show.workplace(folder) as place:
-        prior = place / f"prior-{Path(scenario).stem}.h5"
-        if not prior.exists():
-            _grow_from_twin(scenario, prior)
-        raise typer.Exit(show.run(settings, place, prior, out))
+        settings = show.DemoSettings(scenario, frames, rate, headless, port)
+        with show.workplace(folder) as place:
+            prior = place / f"prior-{Path(scenario).stem}.h5"
+            if not prior.exists():
+                _grow_from_twin(scenario, prior)
+            raise typer.Exit(show.run(settings, place, prior, out))
 
 
 def _grow_from_twin(scenario: str, path: Path) -> None:
@@ -122,10 +125,11 @@ def run(config: Annotated[Path, typer.Argument(help="YAML configuration; `stream
 
     Example: streamprior run beamline.yaml
     """
-    from streamprior import daemon
-    from streamprior.config import load_config
-
     with faults():
+        # Kernels find their cache as they are imported: a state folder that cannot be made shows here.
+        from streamprior import daemon
+        from streamprior.config import load_config
+
         settings = load_config(config)
         daemon.configure_logging(settings.log)
         running = daemon.build(settings)
@@ -144,12 +148,15 @@ def check(
     Example: streamprior check beamline.yaml
     """
     from streamprior.config import example_yaml, load_config
-    from streamprior.preflight import inspect
 
-    if example or config is None:
+    if example:
         out.print(example_yaml(), markup=False, highlight=False, soft_wrap=True, end="")
-        raise typer.Exit(0 if example else 2)
+        return
+    if config is None:
+        raise typer.BadParameter("name a configuration, or print one to start from with --example", param_hint="CONFIG")
     with faults():
+        from streamprior.preflight import inspect
+
         findings = list(inspect(load_config(config)))
     for finding in findings:
         mark = "[green]ok  [/]" if finding.fine else "[bold red]FAIL[/]"
@@ -184,7 +191,7 @@ def twin(
     scenario: Annotated[str, typer.Argument(help="A bundled scenario (bragg, gold_balls, ...) or a YAML file.")],
     to: Annotated[str | None, typer.Option("--to", help="ZMQ address of the receiver, tcp://HOST:PORT.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Frames a second (default: the scenario's).")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="How many frames (default: the scenario's).")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="How many frames (default: the scenario's; more repeat it).")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the frames to a CXI file instead of sending them.")] = None,
 ) -> None:
     """The digital twin: simulated frames of a physical forward model, on the wire or in a file.
@@ -199,12 +206,13 @@ def twin(
     with faults():
         made = _twin(scenario)
         if save is not None:
+            _refuse_unwritable(save)
             with progress() as report:
                 save_frames(made, save, slice(frames), lambda done, total: report("writing", done, total))
             return
         assert to is not None
         # Rendered beforehand: the physics of a frame takes longer than a fast detector gives it.
-        wanted = min(frames or len(made), len(made))
+        wanted = frames or len(made)
         with progress() as report:
             rendered = Prerendered(made, wanted, wanted, lambda done, total: report("rendering", done, total))
         _send(rendered, to, rate or made.scenario.rate_hz, f"twin {scenario}")
@@ -226,30 +234,50 @@ def train(
     frames: FramesOption = ":",
     classes: Annotated[int | None, typer.Option(min=2, max=32, help="Number of classes (default: the elbow decides).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and SOM: the same seed, input and settings give the same prior.")] = 0,
+    mask: Annotated[
+        Path | None, typer.Option(help="True where a pixel is unusable, beside the file's own mask: .npy or FILE::/dataset.")
+    ] = None,
+    dark: Annotated[Path | None, typer.Option(help="Counts to subtract: .npy or FILE::/dataset; give the daemon the same.")] = None,
 ) -> None:
     """Grow a prior from recorded frames, without labels, and freeze it.
 
     Example: streamprior train scan.cxi --frames 0::2 -o prior.h5
     """
-    from streamprior.prior import save_prior
-    from streamprior.sources.files import open_recording
-    from streamprior.train.grow import grow_prior
-    from streamprior.train.settings import TrainSettings
-
     with faults():
+        from streamprior.config import PrepareSettings
+        from streamprior.prior import save_prior
+        from streamprior.sources.files import open_recording
+        from streamprior.stages.prepare import load_corrections, merged
+        from streamprior.train.grow import grow_prior
+        from streamprior.train.settings import TrainSettings
+
         if len(files) != 1:
             raise ConfigError("training on several files comes with a later version; give one file, or one folder of TIFFs")
         recording = open_recording(files[0], frames)
+        shape = (recording.shape[1], recording.shape[2])
+        _refuse_unwritable(output)
         started = time.monotonic()
         with progress() as report:
-            grown = grow_prior(
-                recording,
-                settings=TrainSettings(classes=classes, seed=seed),
-                progress=report,
-                provenance={"file": recording.path.name, "frames": frames, "version": __version__},
-            )
+            try:
+                grown = grow_prior(
+                    recording,
+                    settings=TrainSettings(classes=classes, seed=seed),
+                    progress=report,
+                    provenance={"file": recording.path.name, "frames": frames, "version": __version__},
+                    corrections=merged(load_corrections(PrepareSettings(mask=mask, dark=dark), shape), recording.geometry, shape),
+                )
+            except ValueError as error:
+                raise ConfigError(f"{files[0]}: {error}") from error
         prior = save_prior(grown, output)
     _print_prior(prior, output, time.monotonic() - started)
+
+
+def _refuse_unwritable(file: Path) -> None:
+    """Said before the work, not after it."""
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder; name a file in it")
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"{file}: {file.parent} is no folder that can be written to; make it first, or name another")
 
 
 @app.command()
@@ -268,11 +296,9 @@ def ledger(
         with urllib.request.urlopen(f"{url.rstrip('/')}/ledger?{query}", timeout=10) as answer:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
-        err.print(f"[bold red]error:[/] {json.load(error).get('error', error)}")
-        raise typer.Exit(2) from None
-    except OSError as error:
-        err.print(f"[bold red]error:[/] no daemon answers at {url} ({error}); is it running, and is http.port the same?")
-        raise typer.Exit(2) from None
+        _fail(_reason(error))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        _fail(f"no daemon answers at {url} ({error}); is it running, and is http.port the same?")
     if as_json:
         out.print_json(data=found)
     elif "fate" in found:
@@ -306,6 +332,20 @@ def bench(
                 print(json.dumps({"benchmark": name, **row}), flush=True)  # noqa: T201
         if not as_json:
             _print_rows(name, rows)
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """The daemon's own sentence; whatever else listens there does not answer in JSON."""
+    try:
+        return str(json.load(error)["error"])
+    except (ValueError, LookupError, TypeError):
+        return f"{error.url} answered {error.code}; is that a streamprior daemon?"
+
+
+def _fail(sentence: str) -> NoReturn:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:

@@ -8,11 +8,12 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from streamprior.errors import ConfigError
 
@@ -21,10 +22,16 @@ _NOT_SETTINGS = {"STREAMPRIOR_STATE", "STREAMPRIOR_DATA"}
 
 
 def state_folder() -> Path:
-    """Where caches live between runs: $STREAMPRIOR_STATE, systemd's $STATE_DIRECTORY, or ~/.local/state/streamprior; made if absent."""
+    """Where caches live between runs: $STREAMPRIOR_STATE, systemd's $STATE_DIRECTORY, or ~/.local/state/streamprior; made if absent.
+
+    Raises ConfigError where it cannot be made.
+    """
     named = os.environ.get("STREAMPRIOR_STATE") or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     folder = Path(named) if named else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "streamprior"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"state folder {folder} cannot be made ({error.strerror}); set STREAMPRIOR_STATE to one that can") from None
     return folder
 
 
@@ -72,7 +79,7 @@ class PrepareSettings(_Room):
     flat: Path | None = None
     """Factor a pixel; wins over the start message's flat field."""
     dark: Path | None = None
-    """Counts a pixel, subtracted first."""
+    """Counts a pixel, subtracted first; a stack of dark frames is averaged."""
     saturation: Annotated[float, Field(gt=0)] | None = None
     """Counts from which a pixel holds no data; the start message's saturation_value where this is empty."""
 
@@ -244,6 +251,11 @@ def make_config(given: Mapping[str, Any], origin: str, relative_to: Path | None 
         config = Config(**{str(key): value for key, value in given.items() if value is not None})
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(one, given, origin) for one in error.errors())) from None
+    except SettingsError as error:
+        whole = [one for one in os.environ if one.startswith(_PREFIX) and "__" not in one and one not in _NOT_SETTINGS]
+        raise ConfigError(
+            f"environment variable {' or '.join(whole)}: {error}; a whole section is written as JSON, a single key as {_PREFIX}SECTION__KEY"
+        ) from None
     return _rooted(config, relative_to) if relative_to is not None else config
 
 
@@ -253,10 +265,22 @@ def describe(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from describe(field.annotation, f"{prefix}{name}.")
         else:
-            kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-            kind = kind.replace("typing.", "").replace("pathlib.", "")
             default = "required" if field.is_required() else field.default
-            yield f"{prefix}{name}", kind, default, " ".join((field.description or "").split())
+            yield f"{prefix}{name}", spelled(field.annotation), default, " ".join((field.description or "").split())
+
+
+def spelled(annotation: Any) -> str:
+    """A type as a person writes it: `float | None`, whatever bounds it carries and wherever this Python keeps its classes."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return spelled(parts[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(repr, parts))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(spelled, parts))
+    if parts:
+        return f"{annotation.__name__}[{', '.join(map(spelled, parts))}]"
+    return "None" if annotation is NoneType else str(annotation.__name__)
 
 
 def example_yaml() -> str:
@@ -285,9 +309,14 @@ def tiled_api_key(settings: TiledSettings) -> str | None:
     if settings.api_key_file is None:
         return os.environ.get("TILED_API_KEY")
     try:
-        return settings.api_key_file.read_text().strip()
+        key = settings.api_key_file.read_text("ascii").strip()
     except OSError as error:
         raise ConfigError(f"tiled.api_key_file: {settings.api_key_file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        key = ""
+    if not key:
+        raise ConfigError(f"tiled.api_key_file: {settings.api_key_file} holds no key; write the key alone on its first line")
+    return key
 
 
 def _rooted(config: Config, folder: Path) -> Config:

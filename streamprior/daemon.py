@@ -17,7 +17,6 @@ import structlog
 from streamprior import __version__
 from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
-from streamprior.errors import ConfigError
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
@@ -121,29 +120,32 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     0: drained and balanced. 1: our own failure, or a ledger that does not balance. 3: the time to drain was over, or a second signal
     came; what was left behind is in the ledger as dropped. ConfigError (exit 2) is raised before anything is accepted.
     """
-    signals = _Signals()
     log.info("warming up", kernels=str(state_folder()))
     daemon.recipe.warm_up()
     daemon.server.start()
     try:
         daemon.source.open()
-    except ConfigError:
+        drained = _serve(daemon, until)
+        if daemon.catalog is not None:
+            daemon.catalog.close(daemon.config.runs.drain_s if drained else 0.0)
+    finally:
         daemon.server.stop()
-        raise
-    if daemon.catalog is not None:
-        daemon.catalog.start()
-    daemon.pipeline.start()
-    log.info("ready", page=daemon.server.url, source=getattr(daemon.source, "address", daemon.source.name))
-    with signals:
-        while not (signals.count or until() or daemon.pipeline.ended.wait(0.1)):
-            pass
-        drained = _drain(daemon, signals)
-    if daemon.catalog is not None:
-        daemon.catalog.close(daemon.config.runs.drain_s if drained else 0.0)
-    daemon.server.stop()
     if daemon.pipeline.failure is not None or not daemon.ledger.is_balanced():
         return EXIT_OURS
     return EXIT_OK if drained else EXIT_NOT_DRAINED
+
+
+def _serve(daemon: Daemon, until: Callable[[], bool]) -> bool:
+    """From the first message to the last; False when the path was left before it was empty."""
+    with _Signals() as signals:
+        if daemon.catalog is not None:
+            daemon.catalog.start()
+        daemon.pipeline.start()
+        log.info("ready", page=daemon.server.url, source=getattr(daemon.source, "address", daemon.source.name))
+        # A room that failed ends this too: another one may be stuck in a call to the world, and the path then never ends by itself.
+        while not (signals.count or until() or daemon.pipeline.failure is not None or daemon.pipeline.ended.wait(0.1)):
+            pass
+        return _drain(daemon, signals)
 
 
 def _drain(daemon: Daemon, signals: _Signals) -> bool:
@@ -172,9 +174,10 @@ class _Signals:
         self.count = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

@@ -24,7 +24,6 @@ class WireError(ValueError):
         "no_channel",
         "too_large",
         "bad_index",
-        "sender_skew",
     )
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -43,5 +42,5 @@ class PriorError(ConfigError):
     """A prior that is missing, damaged, of another format version, or made for another geometry."""
 
 
-class SinkUnavailable(Exception):  # noqa: N818 - it names a state of the world, as DESIGN does
+class SinkUnavailable(Exception):  # noqa: N818 - it names a state of the world
     """The world's fault (disk, network, Tiled): retried with back-off while the ledger keeps count."""

@@ -6,10 +6,10 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streamprior.records import RunEnded, RunStarted
+from streamprior.records import Detector, RunEnded, RunStarted
 
 KEPT_RUNS = 64
 """Runs that stay in memory after they ended, newest first; their results are in the archive for good."""
@@ -36,7 +36,8 @@ class Ledger:
 
     def open_run(self, run: RunStarted) -> None:
         with self._lock:
-            self._runs[run.uid] = _Run(run)
+            # Without mask and flat field: 64 runs of a 16M detector would keep 6 GB of them.
+            self._runs[run.uid] = _Run(replace(run, detector=Detector(), metadata={}))
             closed = [uid for uid, one in self._runs.items() if one.closed is not None]
             for uid in closed[: max(0, len(closed) - KEPT_RUNS)]:
                 del self._runs[uid]
@@ -60,10 +61,22 @@ class Ledger:
             run.received += 1
             run.in_flight_extra += 1
 
-    def dropped(self, uid: str | None, index: int | None, stage: str, reason: str) -> None:
-        """A frame (or, without an index, an unidentified message or a duplicate) was left out at `stage` for `reason`."""
+    def turned_away(self, uid: str | None, stage: str, reason: str) -> None:
+        """A message came in and was left out at once. One step, because its run may be opened by another thread between two."""
         with self._lock:
             run = self._run(uid)
+            run.received += 1
+            run.dropped[(stage, reason)] += 1
+
+    def dropped(self, uid: str | None, index: int | None, stage: str, reason: str) -> None:
+        """A frame (or, without an index, an unidentified message or a duplicate) was left out at `stage` for `reason`.
+
+        A frame whose fate is known keeps it: of two sinks that give it up only the first counts.
+        """
+        with self._lock:
+            run = self._run(uid)
+            if index is not None and run.fate(index) != _IN_FLIGHT:
+                return
             run.dropped[(stage, reason)] += 1
             self._settle(run, index, f"dropped at {stage}: {reason}")
 
@@ -174,6 +187,8 @@ class _Run:
     by_sink: Counter[str] = field(default_factory=Counter)
     fates: bytearray = field(default_factory=bytearray)
     partly: dict[int, set[str]] = field(default_factory=dict)
+    flying: int = 0
+    extent: int = 0  # highest index that came in, plus one
     closed: float | None = None
     reason: str | None = None
 
@@ -184,16 +199,18 @@ class _Run:
         if index >= len(self.fates):
             # Grow by half, so that a long run of unknown length is not copied for every frame.
             self.fates.extend(bytes(max(index + 1 - len(self.fates), len(self.fates) // 2, 1024)))
+        # Kept up to date here, where alone fates change: counting ten million bytes for every scrape would hold up the path.
+        self.flying += (fate == _IN_FLIGHT) - (self.fates[index] == _IN_FLIGHT)
+        self.extent = max(self.extent, index + 1)
         self.fates[index] = fate
 
     def in_flight(self) -> int:
-        """Counted from the frames themselves, not from the sums: a frame that a room lost stays visible here for ever."""
-        return self.fates.count(_IN_FLIGHT) + self.in_flight_extra
+        """From the frames themselves, not from the sums: a frame that a room lost stays visible here for ever."""
+        return self.flying + self.in_flight_extra
 
     def missing(self) -> int:
         expected = self.started.expected if self.started is not None else None
-        extent = len(self.fates.rstrip(b"\0"))
-        return max(0, (extent if expected is None else expected) - self.distinct)
+        return max(0, (self.extent if expected is None else expected) - self.distinct)
 
     def account(self) -> dict[str, Any]:
         in_flight = self.in_flight()

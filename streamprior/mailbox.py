@@ -51,6 +51,10 @@ class Mailbox(Generic[T]):
     def nbytes(self) -> int:
         return self._bytes
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -99,12 +103,15 @@ class Mailbox(Generic[T]):
             self._changed.notify_all()
 
     def abort(self) -> None:
-        """Close and empty at once; the ledger writes off what was inside."""
+        """Close and empty at once; what was inside counts as dropped."""
         with self._changed:
             self._closed = True
+            losers = list(self._items)
             self._items.clear()
             self._bytes = 0
             self._changed.notify_all()
+        for loser in losers:
+            self._dropped(loser)
 
     def _full(self, item: T) -> bool:
         return bool(self._items) and self._bytes + item.nbytes > self._budget
@@ -113,8 +120,9 @@ class Mailbox(Generic[T]):
         """Under drop_oldest: move the oldest droppable items out until `item` fits. True when it fits."""
         if self._policy != "drop_oldest":
             return False
-        for candidate in [one for one in self._items if self._droppable(one)]:
-            if not self._full(item):
+        while self._full(item):
+            candidate = next((one for one in self._items if self._droppable(one)), None)
+            if candidate is None:
                 break
             self._items.remove(candidate)
             self._bytes -= candidate.nbytes

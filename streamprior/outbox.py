@@ -89,8 +89,13 @@ class Outbox:
                 (log.info if account["balanced"] else log.error)("run closed", reason=item.reason, ledger=account_line(account))
 
     def _attempt(self, call: Callable[[], None]) -> bool:
-        """Call the sink; a complete one again and again with growing pauses while it is unavailable. False when it was given up."""
+        """Call the sink; a complete one again and again with growing pauses while it is unavailable. False when it was given up.
+
+        Given up while it was away, it is not called again: it would be asked to write into a run that it could not begin.
+        """
         wait_s = _FIRST_WAIT_S
+        if self._give_up.is_set() and not self.up:
+            return False
         while True:
             try:
                 call()

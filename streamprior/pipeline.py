@@ -163,12 +163,12 @@ class Pipeline:
         try:
             changes, frame = self._runs.frame(frame)
         except LateFrame as late:
-            self._ledger.received_unread(late.uid)
-            self._drop(late.uid, None, "decode", "late")
+            self._turn_away(late.uid, "decode", "late")
             return
         self._turn(changes)
         if not self._ledger.received(frame.run, frame.index):
-            self._drop(frame.run, None, "decode", "duplicate")
+            self._ledger.dropped(frame.run, None, "decode", "duplicate")
+            self._meters.dropped("decode", "duplicate")
             return
         try:
             self._admit(frame.counts)
@@ -220,17 +220,25 @@ class Pipeline:
         self._meters.quarantined(error.reason)
         self._keep(message, error)
 
-    def _drop(self, uid: str | None, index: int | None, stage: str, reason: str) -> None:
-        self._ledger.dropped(uid, index, stage, reason)
+    def _turn_away(self, uid: str | None, stage: str, reason: str) -> None:
+        self._ledger.turned_away(uid, stage, reason)
         self._meters.dropped(stage, reason)
 
     def _unheard(self, item: Received) -> None:
-        """A message that the receive queue had no room for: counted for the run in hand, because nobody has read whose it was."""
+        """A message that was left out unread, for want of room or of time: counted for the run in hand; nobody knows whose it was."""
         run = self._runs.current
-        uid = run.uid if run is not None else None
         self._meters.received()
-        self._ledger.received_unread(uid)
-        self._drop(uid, None, "receive", "queue_full")
+        stage, reason = ("path", "shutdown") if self.received.closed else ("receive", "queue_full")
+        self._turn_away(run.uid if run is not None else None, stage, reason)
+
+    def _fail(self, error: BaseException) -> None:
+        """One room is lost: receive and compute nothing more, but let the sinks write what is finished."""
+        self.failure = self.failure or error
+        self.stop()
+        self.received.abort()
+        self._crew.abort()
+        for outbox in self._outboxes:
+            outbox.mailbox.close()
 
     def _inhabit(self, name: str, step: Callable[[], bool]) -> None:
         """A room's thread. Whatever escapes a step is our own fault: remembered, and the whole path stops (exit 1)."""
@@ -239,8 +247,7 @@ class Pipeline:
                 pass
         except BaseException as error:
             log.exception("a room failed", room=name)
-            self.failure = self.failure or error
-            self.abandon()
+            self._fail(error)
         finally:
             with self._leaving:
                 self._inhabited -= 1

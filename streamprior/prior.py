@@ -53,7 +53,7 @@ class Geometry:
 class Prior:
     """Frozen knowledge. Arrays are read-only; `content_hash` covers every field but `provenance`.
 
-    Pixel classes (PHYSICS: features -> standardise -> PCA -> nearest centroid), with D = 9 features, P components, K classes:
+    Pixel classes (docs/physics.md: features -> standardise -> PCA -> nearest centroid), with D = 9 features, P components, K classes:
 
     normaliser : mean photons per valid pixel of a typical training frame. A frame is scaled by normaliser / its own mean
         before features are computed, so that classes hold when the dose changes.
@@ -132,7 +132,16 @@ def save_prior(prior: Prior, path: str | os.PathLike[str]) -> Prior:
     frozen = freeze(prior)
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
-    with h5py.File(partial, "w") as file:
+    try:
+        _write(frozen, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return frozen
+
+
+def _write(frozen: Prior, path: Path) -> None:
+    with h5py.File(path, "w") as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["content_hash"] = frozen.content_hash
@@ -147,8 +156,6 @@ def save_prior(prior: Prior, path: str | os.PathLike[str]) -> Prior:
             file.create_dataset(name, data=getattr(frozen, name))
         for name, array in frozen.training.items():
             file.create_dataset(f"training/{name}", data=array)
-    partial.replace(target)
-    return frozen
 
 
 def load_prior(path: str | os.PathLike[str]) -> Prior:
@@ -165,7 +172,8 @@ def load_prior(path: str | os.PathLike[str]) -> Prior:
             stored = str(file.attrs["content_hash"])
     except FileNotFoundError:
         raise PriorError(f"prior {path}: no such file; grow one with `streamprior train FILE -o {path}`") from None
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        # All of these come from h5py and json for a file with damaged bytes.
         raise PriorError(f"prior {path}: cannot be read ({error}); copy it again or grow a new one with `streamprior train`") from None
     frozen = freeze(prior)
     if frozen.content_hash != stored:

@@ -41,18 +41,28 @@ class Runs:
         self._open: RunStarted | None = None
         self._heard = 0.0
         self._ending: str | None = None  # why the run is about to close
+        self._announced = False  # the open run began with a start message
         self._closed: OrderedDict[str, str] = OrderedDict()  # series -> uid
+        self._paused: RunStarted | None = None  # closed because nothing came; its series may go on
 
     @property
     def current(self) -> RunStarted | None:
         return self._open
 
     def start(self, hint: SeriesStart) -> list[RunStarted | RunEnded]:
-        """A start message. A second one for the open run changes nothing: the run's detector is fixed by its first hint."""
+        """A start message. A repeated one changes nothing: the run's detector is fixed by its first hint.
+
+        After frames and a start message, or after the end message, it is no repetition: the sender counts its series from 1 again, and
+        the frames to come would all be taken for duplicates.
+        """
         self._heard = self._clock()
         if self._open is not None and self._open.series == hint.series:
-            return []
-        return [*self._close("new_series"), self._begin(hint)]
+            again = self._announced and self._distinct(self._open.uid) > 0
+            if not (again or self._ending):
+                return []
+        ended, started = self._close("new_series"), self._begin(hint)
+        self._announced = True
+        return [*ended, started]
 
     def frame(self, frame: Frame) -> tuple[list[RunStarted | RunEnded], Frame]:
         """A frame: what it opened or closed, and the frame with its run's uid. Raises LateFrame for a closed run's."""
@@ -63,6 +73,8 @@ class Runs:
             raise LateFrame(self._closed[frame.series])
         self._heard = self._clock()
         hint = SeriesStart(frame.source, frame.series, None, Detector(shape=(frame.counts.shape[0], frame.counts.shape[1])))
+        if self._paused is not None and self._paused.series == frame.series:
+            hint = replace(hint, detector=self._paused.detector, metadata=self._paused.metadata)
         ended, started = self._close("new_series"), self._begin(hint)
         return [*ended, started], replace(frame, run=started.uid)
 
@@ -90,8 +102,9 @@ class Runs:
 
     def _begin(self, hint: SeriesStart) -> RunStarted:
         uid = str(uuid.uuid4())
-        self._open = RunStarted(uid, hint.source, hint.series, time.time(), hint.expected, hint.detector, hint.metadata)
-        self._ending = None
+        # 0 expected frames stand for an unknown number: the run would otherwise be whole before its first one.
+        self._open = RunStarted(uid, hint.source, hint.series, time.time(), hint.expected or None, hint.detector, hint.metadata)
+        self._ending, self._announced, self._paused = None, False, None
         self._closed.pop(hint.series, None)
         return self._open
 
@@ -99,7 +112,11 @@ class Runs:
         if self._open is None:
             return []
         run, self._open, self._ending = self._open, None, None
-        self._closed[run.series] = run.uid
+        if reason == "idle":
+            # A scan that waits for a trigger or is paused by hand goes on after any time: its next frame opens a run again.
+            self._paused = run
+        else:
+            self._closed[run.series] = run.uid
         while len(self._closed) > _REMEMBERED:
             self._closed.popitem(last=False)
         return [RunEnded(run.uid, reason, time.time())]

@@ -52,7 +52,8 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> S
 
     def live(request: Request) -> Response:
         after = request.query_params.get("after", "0")
-        picture = page.picture(int(after) if after.isdigit() else 0)
+        # A serial has few digits; isdigit alone also holds for superscripts, which int refuses.
+        picture = page.picture(int(after) if after.isdecimal() and len(after) < 20 else 0)
         return Response(status_code=204) if picture is None else Response(picture, media_type="application/octet-stream")
 
     def index(request: Request) -> Response:
@@ -89,9 +90,10 @@ class HttpServer:
             self._socket.bind((host, port))
             # From here on a request waits for the server's thread instead of being refused.
             self._socket.listen(128)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            self.stop()
             raise ConfigError(
-                f"http.port: cannot listen on {host}:{port} ({error.strerror}); stop the process that holds it or set http.port to another"
+                f"http.port: cannot listen on {host}:{port} ({error}); stop the process that holds it or set http.port to another"
             ) from None
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
 

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,14 @@ import yaml
 import zmq
 from prometheus_client.parser import text_string_to_metric_families
 
+from streamprior.config import Config
+from streamprior.daemon import Daemon, run
 from streamprior.prior import save_prior
-from streamprior.records import Detector
+from streamprior.records import Detector, RunStarted
 from streamprior.sinks.archive import read_run, run_folders
 from streamprior.wire.dectris_v2 import encode_end, encode_start
 from tests.builders import diffraction, small_prior
-from tests.test_path import image, series
+from tests.test_path import House, Kept, Scripted, image, series
 
 START_S = 90
 
@@ -146,6 +150,56 @@ def test_an_unknown_run_or_frame_is_answered_with_a_sentence(place: Path) -> Non
                 running.get(path)
             assert refused.value.code == status
             assert words in json.load(refused.value)["error"]
+
+
+def test_odd_questions_are_answered_without_an_error_of_ours(place: Path) -> None:
+    with daemon(place) as running:
+        for after in ("", "%C2%B2", "-1", "9" * 5000):
+            with urllib.request.urlopen(f"http://127.0.0.1:{running.http}/live?after={after}", timeout=10) as answer:
+                assert answer.status == 204
+        with running.sender() as push:
+            push.send(series(diffraction(count=1))[0])
+            running.until("run opened")
+        for frame, status in (("9" * 5000, 400), ("x", 400), ("", 400)):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                running.get(f"/ledger?frame={frame}")
+            with refusal.value as answer:
+                assert answer.code == status
+        for frame in ("-1", str(2**70)):
+            assert running.get(f"/ledger?frame={frame}")["fate"] == "never received"
+
+
+def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path) -> None:
+    class Failing(Scripted):
+        def receive(self, timeout_s: float) -> bytes | None:
+            if self._messages:
+                return self._messages.popleft()
+            assert stuck.entered.wait(30)
+            raise ZeroDivisionError("a bug")
+
+    class Stuck(Kept):
+        entered, left = threading.Event(), threading.Event()
+
+        def begin(self, run: RunStarted) -> None:
+            self.entered.set()
+            self.left.wait(60)
+
+    stuck = Stuck()
+    house = House([], [stuck])
+    source = house.path._source = Failing(series(diffraction(count=3))[:-1])
+    config = Config(prior=place / "prior.h5", runs={"drain_s": 0.1})
+    idle = SimpleNamespace(warm_up=lambda: None, start=lambda: None, stop=lambda: None, url="")
+    codes: list[int] = []
+    process = threading.Thread(
+        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, house.path, None, idle))), daemon=True
+    )
+    process.start()
+    process.join(30)
+    ended_with = list(codes)
+    stuck.left.set()
+    assert house.path.join(30)
+    assert ended_with == [1]
+    assert isinstance(house.path.failure, ZeroDivisionError)
 
 
 def test_sigterm_in_mid_run_archives_everything_accepted_and_a_restart_goes_on(place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 
 import cbor2
@@ -167,9 +168,94 @@ def test_shape_and_dtype_may_not_change_within_a_series() -> None:
     assert decoder.decode(encode_image(8, "S8", 0, np.ones((4, 4), np.uint8), 0.0, DATE), 0.0).counts.sum() == 16
 
 
+GIANT = 2**30_000
+"""Python refuses to write such an integer in decimal, or to make it a float."""
+
+
+def hostile_starts() -> list[tuple[str, str, bytes]]:
+    def start(**item) -> bytes:
+        return cbor2.dumps(cbor2.CBORTag(55799, {"type": "start", "series_unique_id": "S7", **item}))
+
+    endless: list = []
+    endless.append(endless)
+    doubled: list = [0]
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    shared = [cbor2.dumps({"type": "start", "series_id": 7, "user_data": {"a": value}}, value_sharing=True) for value in (endless, doubled)]
+    named_twice = cbor2.dumps({"type": "start", "series_id": 7, "user_data": {"a": ["much text"] * 2}}, string_referencing=True)
+    return [
+        ("giant number of images", "wrong_type", start(number_of_images=-GIANT)),
+        ("giant series", "wrong_type", cbor2.dumps({"type": "start", "series_id": GIANT})),
+        ("giant series at the end", "wrong_type", cbor2.dumps({"type": "end", "series_id": GIANT})),
+        ("giant saturation", "wrong_type", start(saturation_value=GIANT)),
+        ("giant distance", "wrong_type", start(detector_translation=[0, 0, GIANT])),
+        ("mask without an array", "wrong_type", start(pixel_mask={"threshold_1": cbor2.CBORTag(40, 3)})),
+        (
+            "mask of a number",
+            "wrong_type",
+            start(pixel_mask={"threshold_1": cbor2.CBORTag(40, [[1, 1], cbor2.CBORTag(70, cbor2.CBORTag(56500, 5))])}),
+        ),
+        ("image index of a list", "bad_index", cbor2.dumps({"type": "image", "series_id": 7, "image_id": [[1] * 1000]})),
+        ("image index of much text", "bad_index", cbor2.dumps({"type": "image", "series_id": 7, "image_id": "9" * 100_000})),
+        ("channel of much text", "no_channel", cbor2.dumps({"type": "image", "series_id": 7, "image_id": 1, "data": {"c" * 100_000: 1}})),
+        ("value that holds itself", "not_cbor", shared[0]),
+        ("2**40 items in 400 bytes", "not_cbor", shared[1]),
+        ("string reference", "not_cbor", named_twice),
+        ("regular expression", "not_cbor", start(user_data={"a": re.compile("a+")})),
+        ("mail", "not_cbor", start(user_data={"a": cbor2.CBORTag(36, "Subject: x")})),
+        ("keys that are no text", "not_cbor", start(user_data={1: 2})),
+        ("deep", "not_cbor", b"\x81" * 300 + b"\x00"),
+    ]
+
+
+@pytest.mark.parametrize(("reason", "message"), [case[1:] for case in hostile_starts()], ids=[case[0] for case in hostile_starts()])
+def test_a_hostile_message_is_answered_shortly(reason: str, message: bytes) -> None:
+    with pytest.raises(WireError) as caught:
+        decoded(message)
+    assert caught.value.reason == reason
+    assert len(caught.value.detail) < 500
+
+
+@pytest.mark.parametrize(
+    ("announced", "expected"), [(400, 400), (0, None), (10**9, None), (GIANT, None)], ids=["400", "0", "a thousand million", "giant"]
+)
+def test_a_number_of_images_that_no_run_can_hold_stands_for_unknown(announced: int, expected: int | None) -> None:
+    start = decoded(cbor2.dumps({"type": "start", "series_id": 7, "number_of_images": announced}))
+    assert isinstance(start, SeriesStart)
+    assert start.expected == expected
+
+
+def test_numbers_that_no_archive_can_hold_are_left_out() -> None:
+    start = decoded(cbor2.dumps({"type": "start", "series_id": 7, "user_data": {"a": GIANT}, "detector_translation": [0, 0, float("nan")]}))
+    assert isinstance(start, SeriesStart)
+    assert start.metadata["user_data"]["a"] == hex(GIANT)
+    assert start.detector.distance_m is None
+    unknown = decoded(cbor2.dumps({"type": "start", "series_id": 7, "saturation_value": 0}))
+    assert isinstance(unknown, SeriesStart)
+    assert unknown.detector.saturation is None
+    frame = decoded(image(np.ones((4, 4), np.uint8), user_data={"origin": 2**70}))
+    assert isinstance(frame, Frame)
+    assert frame.origin is None
+    item = dict(cbor2.loads(image(np.ones((4, 4), np.uint8)))) | {"start_time": [1.0, float("nan")]}
+    assert decoded(cbor2.dumps(item)).detector_time is None
+
+
+def test_an_lz4_block_that_gives_less_than_it_should_is_refused_at_once() -> None:
+    header = (4 * 16 * 16).to_bytes(8, "big") + (4 * 16 * 16).to_bytes(4, "big")
+    nothing = (1).to_bytes(4, "big") + b"\0"
+    with pytest.raises(WireError, match=r"0 bytes where 1024 were due"):
+        decompress("lz4", header + 1000 * nothing, np.dtype("<u4"), (16, 16))
+
+
 _GOOD = {
     name: image(np.random.default_rng(1).poisson(2, (24, 24)).astype(np.uint16), compression=name or None) for name in ("bslz4", "lz4", "")
-}
+} | {
+    "start": encode_start(
+        7, "S7", Detector((8, 8), np.eye(8, dtype=bool), np.ones((8, 8), np.float32), 6e4, (4.0, 4.0), 75e-6, 0.5, 9000.0, 0.01),
+        400, np.dtype("u2"), {"scan": "S54", "positions": [1.5, None, {"deep": [True]}]},
+    ),
+    "end": encode_end(7, "S7"),
+}  # fmt: skip
 
 
 @given(st.sampled_from(sorted(_GOOD)), st.data())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,6 +105,40 @@ def test_closed_runs_are_forgotten_and_open_ones_are_not() -> None:
     assert "0" not in uids
     with pytest.raises(KeyError):
         ledger.frame("0", 0)
+
+
+def test_a_frame_that_two_sinks_give_up_is_dropped_once() -> None:
+    ledger = opened(sinks=("archive", "mirror"))
+    ledger.received("u", 0)
+    ledger.dropped("u", 0, "archive", "unavailable")
+    ledger.dropped("u", 0, "mirror", "unavailable")
+    account = ledger.close_run(RunEnded("u", "end", 1.0))
+    assert account["dropped"] == {"archive/unavailable": 1}
+    assert account["balanced"]
+
+
+def test_a_message_turned_away_while_its_run_opens_unbalances_nothing() -> None:
+    ledger = Ledger(["archive"])
+    ledger.turned_away("u", "receive", "queue_full")
+    ledger.open_run(run())
+    ledger.turned_away("u", "receive", "queue_full")
+    assert ledger.is_balanced()
+    assert [account["received"] for account in ledger.runs()] == [1, 1]
+
+
+def test_the_ledger_does_not_keep_the_detectors_masks() -> None:
+    mask = np.zeros((64, 64), np.bool_)
+    ledger = Ledger(["archive"])
+    before = sys.getrefcount(mask)
+    ledger.open_run(RunStarted("u", "eiger", "S1", 0.0, None, Detector(mask=mask)))
+    assert sys.getrefcount(mask) == before
+
+
+def test_missing_frames_are_counted_up_to_the_highest_index_where_nobody_said_how_many_come() -> None:
+    ledger = opened()
+    for index in (7, 2, 2):
+        ledger.received("u", index)
+    assert ledger.balance("u")["missing"] == 6
 
 
 EVENTS = st.sampled_from(["frame", "unread", "publish", "drop", "quarantine", "quarantine_unread", "drop_duplicate"])

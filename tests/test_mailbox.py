@@ -80,6 +80,15 @@ def test_the_start_and_end_of_a_run_are_never_dropped(policy: str) -> None:
     assert len(taken) + len(lost) == 4
 
 
+def test_the_oldest_are_dropped_until_a_larger_one_fits_and_what_must_stay_stays_in_front() -> None:
+    lost: list[Item] = []
+    box: Mailbox[Item] = Mailbox(40, "drop_oldest", dropped=lost.append, droppable=lambda item: not item.must_stay)
+    for item in (Item("start", must_stay=True), Item("a"), Item("b"), Item("c"), Item("large", nbytes=20)):
+        box.put(item)
+    assert (names(box.take(9)), names(lost)) == (["start", "c", "large"], ["a", "b"])
+    assert box.nbytes == 0
+
+
 def test_an_item_larger_than_the_budget_passes_alone() -> None:
     box: Mailbox[Item] = Mailbox(20)
     box.put(Item("elephant", nbytes=1000))
@@ -92,6 +101,16 @@ def test_what_is_put_into_a_closed_mailbox_counts_as_dropped() -> None:
     box.close()
     box.put(Item("late"))
     assert names(lost) == ["late"]
+
+
+def test_what_was_inside_an_aborted_mailbox_counts_as_dropped() -> None:
+    lost: list[Item] = []
+    box: Mailbox[Item] = Mailbox(20, dropped=lost.append)
+    box.put(Item("a"))
+    box.put(Item("b"))
+    box.abort()
+    assert names(lost) == ["a", "b"]
+    assert box.nbytes == 0
 
 
 def test_abort_wakes_a_waiting_sender() -> None:

@@ -113,6 +113,45 @@ def test_a_repeated_start_changes_nothing_and_a_stray_end_neither() -> None:
     assert hall.runs.current == first
 
 
+def test_a_start_after_frames_or_after_the_end_is_a_sender_that_counts_anew() -> None:
+    hall = Hall()
+    (first,) = hall.runs.start(start("1"))
+    hall.count = 2
+    ended, second = hall.runs.start(start("1"))
+    assert isinstance(ended, RunEnded)
+    assert (ended.uid, ended.reason) == (first.uid, "new_series")
+    hall.count = 0
+    assert hall.runs.end(SeriesEnd("eiger", "1")) == []
+    _, third = hall.runs.start(start("1"))
+    assert len({first.uid, second.uid, third.uid}) == 3
+
+
+def test_a_start_that_comes_behind_its_first_frames_changes_nothing() -> None:
+    hall = Hall()
+    hall.runs.frame(frame("A"))
+    hall.count = 1
+    assert hall.runs.start(start("A")) == []
+
+
+def test_a_scan_that_was_paused_goes_on_in_a_new_run_with_the_same_detector() -> None:
+    hall = Hall()
+    (first,) = hall.runs.start(start("A"))
+    hall.now = 61.0
+    assert [ended.reason for ended in hall.runs.tick()] == ["idle"]
+    (second,), received = hall.runs.frame(frame("A", 2))
+    assert second.uid != first.uid
+    assert received.run == second.uid
+    assert second.detector is first.detector
+
+
+def test_an_expected_number_of_zero_does_not_close_the_run_before_its_first_frame() -> None:
+    hall = Hall()
+    (opened,) = hall.runs.start(start(expected=0))
+    hall.now = 30.0
+    assert hall.runs.tick() == []
+    assert hall.runs.frame(frame())[1].run == opened.uid
+
+
 def test_silence_closes_a_run_without_end() -> None:
     hall = Hall()
     hall.runs.frame(frame("A"))

@@ -13,10 +13,12 @@ import pytest
 
 import streamprior as sp
 from streamprior.prior import FEATURES, Geometry, save_prior
+from streamprior.stages.prepare import Corrections
 from streamprior.train import TrainSettings, grow_prior
 from streamprior.train.classes import class_names, grow_classes, sample_pixels
 from streamprior.train.region import centre_of_mass, find_geometry
 from streamprior.train.support import LARGEST, SMALLEST, find_support
+from tests.builders import diffraction
 
 DATA = "entry_1/instrument_1/detector_1/data"
 QUICK = TrainSettings(pixels=4000, frames=12, solved=2, control=4, schedule="20*HIO+5*ER+SW(2.0)+10*ER")
@@ -265,3 +267,15 @@ def test_a_given_geometry_is_kept():
     assert prior.geometry == geometry
     assert prior.reference.shape == (64, 64)
     assert replace(prior, geometry=geometry).content_hash == prior.content_hash
+
+
+def test_masked_pixels_are_invalid_in_the_prior_and_a_dark_is_subtracted_before_anything_is_learnt() -> None:
+    frames = diffraction((48, 48), count=12, photons=2e5)
+    mask = np.zeros((48, 48), bool)
+    mask[5, 7] = True
+    dark = np.full((48, 48), 3, np.float32)
+    plain = grow_prior(frames, settings=QUICK)
+    corrected = grow_prior(frames + np.uint16(3), settings=QUICK, corrections=Corrections(mask=mask, dark=dark))
+    assert corrected.invalid[5, 7]
+    assert not plain.invalid[5, 7]
+    assert corrected.normaliser == pytest.approx(plain.normaliser, rel=0.01)

@@ -70,7 +70,7 @@ def test_frames_are_poisson_counts_of_the_truth(name: str) -> None:
     for index in range(150, 250, 20):
         truth, counts = one.truth(index), one.frame(index).astype(np.float64)
         expected = intensity(truth.object, truth.probe)
-        # sqrt(Poisson) has variance 1/4 where photons are many: chi2 of the truth is its floor N / (4 total) (PHYSICS 2).
+        # sqrt(Poisson) has variance 1/4 where photons are many: chi2 of the truth is its floor N / (4 total).
         bright = expected > 20
         chi2 = ((np.sqrt(expected) - np.sqrt(counts))[bright] ** 2).sum() / counts[bright].sum()
         ratios.append(chi2 / (bright.sum() / (4 * counts[bright].sum())))

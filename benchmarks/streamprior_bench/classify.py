@@ -48,7 +48,6 @@ def _one(size: int, classes: int, repeats: int) -> dict[str, Any]:
     each = {name: 1e9 * seconds[name] / pixels[name] for name in seconds}
     agreement = float(np.mean(classifier.classes(frames, valid).ids[0] == _naive(frames[0], prior)[0]))
     return {
-        "bench": "classify",
         "size": size,
         "classes": classes,
         "components": COMPONENTS,

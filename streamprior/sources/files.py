@@ -30,6 +30,9 @@ _STACKS = (
 )
 
 
+_DETECTORS = ("entry_1/instrument_1/detector_1", "entry/instrument/detector")
+
+
 class Stack(Protocol):
     """What frames are read from: (N, rows, columns), one index at a time."""
 
@@ -47,7 +50,7 @@ class Recording:
     """A file of frames; item i is the i-th chosen one.
 
     indices : those that were asked for. geometry : what the file says of the detector. positions : (N, 2) metres, x then y, of the
-    probe on the sample. dark : (rows, columns) counts, to be subtracted by prepare.
+    probe on the sample.
     """
 
     path: Path
@@ -55,7 +58,6 @@ class Recording:
     indices: Sequence[int]
     geometry: Detector
     positions: npt.NDArray[np.float64] | None = None
-    dark: npt.NDArray[np.float32] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -114,13 +116,15 @@ def open_recording(file: str | os.PathLike[str], frames: str = ":") -> Recording
     if path.is_dir():
         recording = _open_tiffs(path)
     elif path.suffix == ".npy":
-        recording = _whole(path, np.load(path, mmap_mode="r", allow_pickle=False))
+        recording = _whole(path, _load_npy(path))
     elif h5py.is_hdf5(path):
         recording = _open_hdf5(path, inside)
     else:
         raise ConfigError(f"{path}: neither HDF5 (CXI, NeXus), .npy nor a folder of TIFFs")
     if len(recording.stack.shape) != 3:
         raise ConfigError(f"{path}: frames must be a stack (N, rows, columns), found shape {recording.stack.shape}")
+    if recording.dtype.kind not in "uif":
+        raise ConfigError(f"{path}: pixels of type {recording.dtype}; photons are integers or real numbers")
     return _chosen(recording, frames)
 
 
@@ -165,8 +169,16 @@ class AsRead:
         return message
 
 
+def _load_npy(path: Path) -> npt.NDArray[Any]:
+    try:
+        stack: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as .npy ({error}); copy it again") from None
+    return stack
+
+
 def _whole(path: Path, stack: Any, **more: Any) -> Recording:
-    geometry = more.pop("geometry", Detector(shape=tuple(stack.shape[1:3])))
+    geometry = more.pop("geometry", None) or Detector(shape=tuple(stack.shape[1:3]))
     return Recording(path, stack, range(stack.shape[0]), geometry, **more)
 
 
@@ -190,7 +202,10 @@ def _chosen(recording: Recording, frames: str) -> Recording:
 class _Tiffs:
     def __init__(self, files: list[Path]) -> None:
         self._files = files
-        first = tifffile.imread(files[0])
+        try:
+            first = tifffile.imread(files[0])
+        except (OSError, tifffile.TiffFileError) as error:
+            raise ConfigError(f"{files[0]}: cannot be read as TIFF ({error}); copy it again or take it out of the folder") from None
         self.shape = (len(files), *first.shape)
         self.dtype = first.dtype
 
@@ -206,14 +221,17 @@ def _open_tiffs(folder: Path) -> Recording:
 
 
 def _open_hdf5(path: Path, inside: str) -> Recording:
-    file = h5py.File(path, "r")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as HDF5 ({error}); copy it again") from None
     stack = _dataset(path, file, inside)
-    detector_group = stack.parent
+    # `data_1` and `data` only link to the frames; what is known of them stands with the detector.
+    detector_group = next((file[name] for name in _DETECTORS if isinstance(file.get(name), h5py.Group)), stack.parent)
     positions = _positions(file, stack.shape[0])
-    dark = detector_group.get("data_dark")
-    mask = detector_group.get("mask")
+    mask = detector_group.get("mask", detector_group.get("pixel_mask"))
     shape = (int(stack.shape[1]), int(stack.shape[2])) if stack.ndim == 3 else None
-    energy = file.get("entry_1/instrument_1/source_1/energy")
+    joules = _number(file.get("entry_1/instrument_1/source_1/energy"))
     title = file.get("entry_1/title")
     return _whole(
         path,
@@ -224,11 +242,10 @@ def _open_hdf5(path: Path, inside: str) -> Recording:
             pixel_m=_number(detector_group.get("x_pixel_size")),
             distance_m=_number(detector_group.get("distance")),
             # CXI keeps the energy in joules.
-            energy_ev=float(energy[()]) / _JOULES_PER_EV if energy is not None else None,
+            energy_ev=joules / _JOULES_PER_EV if joules is not None else None,
             frame_time_s=_number(detector_group.get("count_time")),
         ),
         positions=positions,
-        dark=_mean_dark(dark, shape),
         metadata={"file": path.name, "title": _text(title)},
     )
 
@@ -260,16 +277,9 @@ def _positions(file: h5py.File, count: int) -> npt.NDArray[np.float64] | None:
     return -np.asarray(translation[:, :2], np.float64)
 
 
-def _mean_dark(dark: Any, shape: tuple[int, int] | None) -> npt.NDArray[np.float32] | None:
-    if dark is None or shape is None:
-        return None
-    values = np.asarray(dark[()], np.float32)
-    averaged: npt.NDArray[np.float32] = values.mean(0) if values.ndim == 3 else values
-    return averaged if averaged.shape == shape else None
-
-
 def _number(dataset: Any) -> float | None:
-    return float(dataset[()]) if dataset is not None and dataset.shape == () else None
+    """A scalar, or an array that holds a single number, as some writers leave it."""
+    return float(np.asarray(dataset[()]).item()) if isinstance(dataset, h5py.Dataset) and dataset.size == 1 else None
 
 
 def _text(dataset: Any) -> str:

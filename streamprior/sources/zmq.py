@@ -27,9 +27,11 @@ class ZmqPull:
         self._context = zmq.Context()
         socket = self._context.socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, settings.high_water_mark)
-        # A message far beyond the decoder's limit is refused by the transport before memory is taken for it; one a little beyond is
-        # received, quarantined and counted.
-        socket.setsockopt(zmq.MAXMSGSIZE, 4 * settings.max_message_mb * 2**20)
+        if settings.attach == "bind":
+            # Anyone may connect: a message far beyond the decoder's limit is refused by the transport before memory is taken for it, and
+            # costs its sender the connection, which it makes anew; one a little beyond is received, quarantined and counted.
+            # A detector that we connect to is ours, and libzmq would never connect again: there the decoder's limit is the only one.
+            socket.setsockopt(zmq.MAXMSGSIZE, 4 * settings.max_message_mb * 2**20)
         socket.setsockopt(zmq.LINGER, 0)
         try:
             (socket.bind if settings.attach == "bind" else socket.connect)(settings.address)

@@ -31,7 +31,7 @@ def classify(counts: Photons | npt.NDArray[Any], prior: Prior) -> Classes:
     """Give every pixel the class of its nearest centroid.
 
     Each frame is scaled to the prior's mean count; nine features a pixel are scaled, projected (PCA) and compared with the
-    frozen centroids (PHYSICS section 3).
+    frozen centroids (docs/physics.md section 3).
 
     Parameters
     ----------

@@ -78,11 +78,13 @@ class DriftWatch:
         self._limit = limit
         self._patience = patience
         self._previous: npt.NDArray[np.uint8] | None = None
-        self._beyond: dict[str, int] = {}
+        self._on: set[str] = set()
+        self._contrary: dict[str, int] = {}  # frames in a row that speak against the alarm's present state
 
     def begin(self, run: RunStarted) -> None:
         self._previous = None
-        self._beyond = {}
+        self._on = set()
+        self._contrary = {}
 
     def __call__(self, result: Result) -> Result:
         prior = self._prior
@@ -111,15 +113,17 @@ class DriftWatch:
         )
 
     def _alarms(self, score: Mapping[str, float]) -> tuple[str, ...]:
-        """Counters climb while a score is beyond the limit and fall while it is within: an alarm neither flickers on nor off."""
-        on = []
+        """An alarm changes its state after `patience` frames in a row that speak for the other one: it flickers neither on nor off."""
         for signal, value in score.items():
-            step = 1 if abs(value) > self._limit else -1
-            level = min(max(self._beyond.get(signal, 0) + step, 0), 2 * self._patience)
-            self._beyond[signal] = level
-            if level >= self._patience:
-                on.append(signal)
-        return tuple(on)
+            if np.isnan(value):
+                # Not measured (a frame without refinement, a class without a pixel): says nothing for or against.
+                continue
+            contrary = (abs(value) > self._limit) != (signal in self._on)
+            self._contrary[signal] = self._contrary.get(signal, 0) + 1 if contrary else 0
+            if self._contrary[signal] >= self._patience:
+                self._on ^= {signal}
+                self._contrary[signal] = 0
+        return tuple(signal for signal in score if signal in self._on)
 
 
 def _score(value: float, baseline: tuple[float, float] | None) -> float:

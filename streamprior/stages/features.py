@@ -84,7 +84,7 @@ def gaussian_taps() -> npt.NDArray[np.float32]:
 def frame_scale(frame, valid, normaliser):  # type: ignore[no-untyped-def]
     """normaliser / mean photons on valid pixels; 1 for a dark frame.
 
-    Without it, centroids of a bright frame are useless at a tenth of its flux (IoU 0 against 0.89, PHYSICS section 3).
+    Without it, centroids of a bright frame are useless at a tenth of its flux (IoU 0 against 0.89, docs/physics.md section 3).
     """
     total = np.float64(0)
     pixels = np.int64(0)

@@ -61,8 +61,12 @@ def prepare(
     ------
     ValueError
         The frames or a correction do not have the detector shape that the prior was made for.
+    TypeError
+        Pixels that are neither integers nor real numbers.
     """
     stack = np.asarray(frames)
+    if stack.dtype.kind not in "uif":
+        raise TypeError(f"frames are {stack.dtype}; photons are integers or real numbers")
     stack = stack[None] if stack.ndim == 2 else stack
     if stack.ndim != 3 or stack.shape[1:] != prior.geometry.detector_shape:
         rows, columns = prior.geometry.detector_shape
@@ -92,9 +96,14 @@ def _load_plane(file: Path, shape: tuple[int, int]) -> npt.NDArray[Any]:
             plane: npt.NDArray[Any] = np.load(name, allow_pickle=False)
         else:
             with h5py.File(name) as opened:
-                plane = np.asarray(opened[inside][()])
-    except (OSError, KeyError, ValueError) as error:
+                found = opened.get(inside) if inside else None
+                if not isinstance(found, h5py.Dataset):
+                    raise ValueError(f"no dataset {inside!r}")
+                plane = np.asarray(found[()])
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read as .npy or FILE::/dataset ({error})") from None
+    # CXI keeps a stack of dark frames (data_dark); their mean is what is meant.
+    plane = plane.mean(0) if plane.ndim == 3 else plane
     if plane.shape != shape:
         raise ConfigError(f"{file}: has shape {plane.shape}, the detector {shape}")
     return plane
@@ -114,7 +123,9 @@ class Preparer:
     def __call__(self, batch: Batch) -> Batch:
         if self._region is None or batch.run.uid != self._run:
             self._region = _Region(
-                self._prior.geometry, self._prior.invalid, _merged(self._corrections, batch.run.detector, self._prior.geometry)
+                self._prior.geometry,
+                self._prior.invalid,
+                merged(self._corrections, batch.run.detector, self._prior.geometry.detector_shape),
             )
             self._run = batch.run.uid
         return replace(batch, photons=self._region.photons([frame.counts for frame in batch.frames]))
@@ -128,11 +139,11 @@ def check_shape(counts: npt.NDArray[Any], geometry: Geometry) -> None:
         raise WireError("wrong_dtype", f"pixels of type {counts.dtype}; photons are integers or real numbers")
 
 
-def _merged(own: Corrections, detector: Detector, geometry: Geometry) -> Corrections:
+def merged(own: Corrections, detector: Detector, shape: tuple[int, int]) -> Corrections:
     """The operator's corrections win over the detector's; a map of another shape than the frames' is of no use and left out."""
 
     def fitting(array: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
-        return array if array is not None and array.shape == geometry.detector_shape else None
+        return array if array is not None and array.shape == shape else None
 
     masks = [mask for mask in (own.mask, fitting(detector.mask)) if mask is not None]
     return Corrections(
@@ -183,7 +194,7 @@ class _Region:
         for i, frame in enumerate(frames):
             unmeasured = np.zeros(self._shape, np.bool_)
             found = _prepare(
-                frame,
+                _readable(frame),
                 self._rows,
                 self._columns,
                 self._binning,
@@ -209,6 +220,12 @@ class _Region:
     def _limit(self, dtype: np.dtype[Any]) -> float:
         """Counts from which a pixel holds no data: the dtype's maximum means "not measured" on every DECTRIS stream."""
         return min(self._saturation, float(np.iinfo(dtype).max)) if dtype.kind in "ui" else self._saturation
+
+
+def _readable(frame: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same numbers as compiled code reads them: in this machine's byte order, real numbers of 32 or 64 bits. No copy where they are."""
+    real = np.dtype(np.float32 if frame.dtype.itemsize < 8 else np.float64)
+    return frame.astype(real if frame.dtype.kind == "f" else frame.dtype.newbyteorder("="), copy=False)
 
 
 class _Fill:

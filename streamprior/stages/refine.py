@@ -40,7 +40,7 @@ def refine(
 ) -> Reconstruction:
     """Retrieve the phases of each frame by itself, from a given start, in a fixed number of iterations.
 
-    Projections and update rules are those of PHYSICS section 2: error reduction and hybrid input-output (Fienup 1982), RAAR (Luke 2005),
+    Projections and update rules are those of docs/physics.md section 2: error reduction and hybrid input-output (Fienup 1982), RAAR (Luke 2005),
     shrink-wrap (Marchesini 2003). A frame's result does not depend on the batch it came in.
 
     Parameters
@@ -229,7 +229,7 @@ class Solver:
             update_object(psi, field, inside, self._anchor, rule)
 
     def _free_likelihood(self) -> float:
-        """Poisson log-likelihood of the held-out pixels, 1 for a perfect model (PHYSICS section 2); NaN where none is held out."""
+        """Poisson log-likelihood of the held-out pixels, 1 for a perfect model (docs/physics.md section 2); NaN where none is held out."""
         measured = self._valid.reshape(-1)[self._free_centred]
         photons = self._counts.reshape(-1)[self._free_centred[measured]].astype(np.float64)
         if not photons.size:
@@ -249,7 +249,7 @@ def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def poisson_llk(counts: npt.NDArray[np.float64], model: npt.NDArray[np.float64]) -> float:
-    """(2/N) [sum_{I>0} (I ln(I/J) + J - I) + sum_{I=0} J] for counts I and a model of J photons (PHYSICS section 2)."""
+    """(2/N) [sum_{I>0} (I ln(I/J) + J - I) + sum_{I=0} J] for counts I and a model of J photons (docs/physics.md section 2)."""
     expected = np.maximum(model, 1e-12)  # a model of exactly no photons would be infinitely wrong about one
     terms = expected - counts
     seen = counts > 0

@@ -15,7 +15,7 @@ DEFAULT_THRESHOLD = 0.1
 0.2 for thin samples. The lower one loses less of a crystal's weak parts, and the guard on the area bounds what it may let in."""
 
 BETA = 0.9
-"""Feedback of HIO and relaxation of RAAR (Fienup 1982; PHYSICS section 2)."""
+"""Feedback of HIO and relaxation of RAAR (Fienup 1982; docs/physics.md section 2)."""
 
 # (old, new): outside the support psi becomes old * psi + new * P_M psi; inside it is P_M psi. ER, HIO: Fienup 1982. RAAR: Luke 2005.
 OUTSIDE = {"ER": (0.0, 0.0), "HIO": (1.0, -BETA), "RAAR": (BETA, 1.0 - 2.0 * BETA)}

@@ -15,7 +15,7 @@ from streamprior.records import Classes, Photons
 from streamprior.stages.classify import classify
 from streamprior.stages.drift import mask_numbers
 from streamprior.stages.match import match
-from streamprior.stages.prepare import prepare
+from streamprior.stages.prepare import Corrections, prepare
 from streamprior.stages.refine import refine
 from streamprior.train.classes import grow_classes, sample_pixels
 from streamprior.train.region import Tick, find_geometry, find_invalid, mean_frame
@@ -31,6 +31,7 @@ def grow_prior(
     settings: TrainSettings | None = None,
     progress: Tick | None = None,
     provenance: Mapping[str, Any] | None = None,
+    corrections: Corrections | None = None,
 ) -> Prior:
     """Grow a prior from the frames of a scan.
 
@@ -45,6 +46,8 @@ def grow_prior(
         progress(stage, done, total), for each part of the work.
     provenance : mapping, optional
         Kept in the prior beside the settings; not part of its hash.
+    corrections : Corrections, optional
+        Mask, dark and flat of the detector; pixels of the mask are invalid in the prior.
 
     Returns
     -------
@@ -61,8 +64,9 @@ def grow_prior(
     _check_frames(frames, geometry)
     # One thread: sums of many threads round differently from run to run, and the hash would change with them.
     with threadpool_limits(1):
-        empty = _with_region(frames, geometry, chosen, tick)
-        photons = _useful(frames, empty, chosen, tick)
+        corrected = corrections or Corrections()
+        empty = _with_region(frames, corrected, geometry, chosen, tick)
+        photons = _useful(frames, corrected, empty, chosen, tick)
         classified = _with_classes(photons, empty, chosen, tick)
         brightest = np.argsort(-photons.counts.sum((1, 2)), kind="stable")[: chosen.solved]
         support = find_support(_take(photons, brightest), chosen.schedule, chosen.seed, tick)
@@ -85,13 +89,13 @@ def _spread(number: int, most: int) -> npt.NDArray[np.intp]:
     return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.intp))
 
 
-def _with_region(frames: Any, geometry: Geometry | None, settings: TrainSettings, tick: Tick) -> Prior:
+def _with_region(frames: Any, corrections: Corrections, geometry: Geometry | None, settings: TrainSettings, tick: Tick) -> Prior:
     """A prior that holds geometry and invalid pixels, and nothing else yet."""
     survey = _spread(len(frames), settings.survey)
-    region = geometry or find_geometry(mean_frame(frames, survey, tick), settings.shape, settings.binning)
+    region = geometry or find_geometry(mean_frame(frames, survey, corrections.mask, tick), settings.shape, settings.binning)
     b, (height, width) = region.binning, region.shape
     fine = _empty(replace(region, shape=(height * b, width * b), binning=1))
-    invalid = find_invalid(frames, survey, fine, tick)
+    invalid = find_invalid(frames, survey, fine, corrections, tick)
     return replace(_empty(region), invalid=np.asarray(invalid.reshape(height, b, width, b).any((1, 3))))
 
 
@@ -101,21 +105,21 @@ def _empty(geometry: Geometry) -> Prior:
     return Prior(geometry, 0.0, row, row, row[None, :0], row[None, :0], (), nothing.astype(np.uint8), nothing, nothing)
 
 
-def _useful(frames: Any, empty: Prior, settings: TrainSettings, tick: Tick) -> Photons:
+def _useful(frames: Any, corrections: Corrections, empty: Prior, settings: TrainSettings, tick: Tick) -> Photons:
     """The prepared frames that teach: bright enough, and evenly spaced among those; valid is (B, H, W).
 
     Raises ValueError where there is no photon at all.
     """
     flux = np.empty(len(frames))
     for i in range(len(frames)):
-        one = prepare(np.asarray(frames[i]), empty)
+        one = prepare(np.asarray(frames[i]), empty, corrections.mask, corrections.flat, corrections.dark)
         flux[i] = one.counts[0].sum(where=one.valid.reshape(empty.geometry.shape), dtype=np.float64)
         tick("frames", i + 1, len(frames))
     if not flux.any():
         raise ValueError("no frame holds a photon on a measured pixel of the region; check the frames, the mask and the geometry")
     bright = np.flatnonzero((flux > 0) & (flux >= settings.faintest * np.percentile(flux, 95)))
     taken = bright[_spread(len(bright), settings.frames)]
-    stack = [prepare(np.asarray(frames[int(i)]), empty) for i in taken]
+    stack = [prepare(np.asarray(frames[int(i)]), empty, corrections.mask, corrections.flat, corrections.dark) for i in taken]
     return Photons(
         counts=np.concatenate([one.counts for one in stack]),
         valid=np.stack([one.valid.reshape(empty.geometry.shape) for one in stack]),

@@ -10,10 +10,10 @@ import numpy.typing as npt
 from scipy.ndimage import median_filter, minimum_filter
 
 from streamprior.prior import Geometry, Prior
-from streamprior.stages.prepare import prepare
+from streamprior.stages.prepare import Corrections, prepare
 
 WHOLE = 128
-"""Pixels a side up to which a detector is kept whole, and to which a larger one is cropped (PHYSICS section 8's sizes)."""
+"""Pixels a side up to which a detector is kept whole, and to which a larger one is cropped (docs/physics.md section 4's sizes)."""
 
 NEIGHBOURS = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], bool)
 
@@ -72,8 +72,8 @@ def _largest_factor(number: int) -> int:
     return number
 
 
-def mean_frame(frames: Any, chosen: npt.NDArray[np.intp], tick: Tick) -> npt.NDArray[np.float64]:
-    """(rows, columns) mean over the chosen frames of what was measured: not negative, a number, not at the dtype's maximum."""
+def mean_frame(frames: Any, chosen: npt.NDArray[np.intp], mask: npt.NDArray[np.bool_] | None, tick: Tick) -> npt.NDArray[np.float64]:
+    """(rows, columns) mean over the chosen frames of what was measured: not masked, not negative, a number, not at the dtype's maximum."""
     total = np.zeros(frames.shape[1:])
     times = np.zeros(frames.shape[1:], np.int64)
     for done, index in enumerate(chosen):
@@ -84,10 +84,12 @@ def mean_frame(frames: Any, chosen: npt.NDArray[np.intp], tick: Tick) -> npt.NDA
         total += np.where(measured, raw, 0)
         times += measured
         tick("survey", done + 1, len(chosen))
+    if mask is not None:
+        total[mask] = 0
     return np.asarray(total / np.maximum(times, 1))
 
 
-def find_invalid(frames: Any, chosen: npt.NDArray[np.intp], empty: Prior, tick: Tick) -> npt.NDArray[np.bool_]:
+def find_invalid(frames: Any, chosen: npt.NDArray[np.intp], empty: Prior, corrections: Corrections, tick: Tick) -> npt.NDArray[np.bool_]:
     """Pixels of the prepared frame that cannot be believed.
 
     Never measured: at the dtype's maximum, negative or no number in nine frames of ten. Hot: more than 20 times the median of their
@@ -100,7 +102,7 @@ def find_invalid(frames: Any, chosen: npt.NDArray[np.intp], empty: Prior, tick: 
     unmeasured, hot = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     total = np.zeros(shape)
     for done, index in enumerate(chosen):
-        photons = prepare(np.asarray(frames[int(index)]), empty)
+        photons = prepare(np.asarray(frames[int(index)]), empty, corrections.mask, corrections.flat, corrections.dark)
         counts = photons.counts[0]
         usual = median_filter(counts, footprint=NEIGHBOURS, mode="nearest")
         unmeasured += ~photons.valid.reshape(shape)

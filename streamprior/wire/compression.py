@@ -95,9 +95,12 @@ def _unlz4(payload: bytes, size: int, block_bytes: int) -> bytearray:
         at += length
         try:
             # A block that does not shrink is stored as it is (HDF5 LZ4 filter).
-            out += chunk if length == want else lz4.block.decompress(chunk, uncompressed_size=want)
+            block = chunk if length == want else lz4.block.decompress(chunk, uncompressed_size=want)
         except lz4.block.LZ4BlockError as error:
             raise WireError("bad_compression", f"lz4: {error}") from None
-    if len(out) != size or at != len(payload):
-        raise WireError("bad_compression", f"lz4: {len(out)} of {size} bytes, {len(payload) - at} bytes left over")
+        if len(block) != want:
+            raise WireError("bad_compression", f"lz4: a block of {len(block)} bytes where {want} were due")
+        out += block
+    if at != len(payload):
+        raise WireError("bad_compression", f"lz4: {len(payload) - at} bytes left over")
     return out

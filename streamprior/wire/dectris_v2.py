@@ -42,8 +42,15 @@ _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 # What a hostile CBOR item can make the parser raise; none of it is our fault.
 _PARSER_ERRORS = (cbor2.CBORDecodeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
 
+# Tags that make a small message a large or a slow object: shared values and string references (a few hundred bytes can stand for
+# 2^30 items, or for themselves), regular expressions and MIME mails (parsed in Python). No stream V2 message holds one.
+_REFUSED_TAGS = (25, 28, 29, 35, 36, 256)
+
+_MAX_DEPTH = 40
+"""Containers within containers; a start message has 5."""
+
 MAX_MESSAGE_BYTES = 256 * 2**20
-"""An EIGER2 16M image of three uncompressed 32-bit channels has 217 MB; nothing larger is decoded."""
+"""An EIGER2 16M image of three uncompressed 32-bit channels has 217 MB; nothing larger is decoded, and no image is larger unpacked."""
 
 MAX_INDEX = 10_000_000
 """Frames of one run that the ledger keeps apart; an index beyond it is taken for garbage rather than for memory to allocate."""
@@ -75,35 +82,33 @@ class StreamV2Decoder:
         if len(message) > self._max_message_bytes:
             raise WireError("too_large", f"{len(message)} bytes, the limit is {self._max_message_bytes}")
         try:
-            item = cbor2.loads(message)
+            # Keys must be text: hashes of integers are chosen by the sender, and a map of colliding ones takes hours.
+            item = cbor2.loads(message, max_depth=_MAX_DEPTH, strict_hashable_types=True, semantic_decoders=_REFUSALS)
         except _PARSER_ERRORS as error:
-            raise WireError("not_cbor", f"{len(message)} bytes that are no CBOR item: {error}") from None
-        if not isinstance(item, Mapping) or item.get("type") not in ("start", "image", "end"):
+            raise WireError("not_cbor", f"{len(message)} bytes that are no CBOR item: {_cut(str(error))}") from None
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind not in ("start", "image", "end"):
             raise WireError("not_stream_v2", "no map with a type of start, image or end")
-        if item["type"] == "start":
-            return self._start(item)
-        if item["type"] == "end":
-            return SeriesEnd(self._source, _series(item))
         try:
-            return self._image(item, received)
-        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-            if isinstance(error, WireError):
-                raise
-            raise WireError("wrong_type", f"image message: {error}") from None
+            if kind == "start":
+                return self._start(item)
+            return self._image(item, received) if kind == "image" else SeriesEnd(self._source, _series(item))
+        except WireError:
+            raise
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise WireError("wrong_type", f"{kind} message: {_cut(str(error))}") from None
 
     def _start(self, item: Mapping[str, Any]) -> SeriesStart:
         series = _series(item)
-        self._series, self._like = series, None
-        expected = item.get("number_of_images")
-        if expected is not None and not _is_count(expected):
-            raise WireError("wrong_type", f"number_of_images is {expected!r}")
         user_data = item.get("user_data")
         metadata = {
-            "series_id": item.get("series_id"),
+            "series_id": _plain(item.get("series_id")),
             "detector_description": str(item.get("detector_description", "")),
             "user_data": _plain(user_data) if isinstance(user_data, Mapping) else {},
         }
-        return SeriesStart(self._source, series, expected, self._detector(item), metadata)
+        start = SeriesStart(self._source, series, _expected(item), self._detector(item), metadata)
+        self._series, self._like = series, None
+        return start
 
     def _detector(self, item: Mapping[str, Any]) -> Detector:
         def number(key: str) -> float | None:
@@ -119,7 +124,8 @@ class StreamV2Decoder:
             shape=(rows, columns) if _is_count(rows) and _is_count(columns) else None,
             mask=mask != 0 if mask is not None else None,
             flat=flat.astype(np.float32) if flat is not None else None,
-            saturation=number("saturation_value"),
+            # Where it is 0 it is not known: otherwise no pixel of the run would have measured anything.
+            saturation=number("saturation_value") or None,
             beam_centre=(centre[0], centre[1]) if centre[0] is not None and centre[1] is not None else None,
             pixel_m=number("pixel_size_x"),
             distance_m=_distance(translation),
@@ -136,13 +142,11 @@ class StreamV2Decoder:
         series = _series(item)
         index = item.get("image_id")
         if not _is_count(index) or index >= MAX_INDEX:
-            raise WireError("bad_index", f"image_id is {index!r}; expected an integer from 0 to {MAX_INDEX - 1}")
+            raise WireError("bad_index", f"image_id is {_shown(index)}; expected an integer from 0 to {MAX_INDEX - 1}")
         channels = item.get("data")
         if not isinstance(channels, Mapping) or self._channel not in channels:
-            raise WireError(
-                "no_channel",
-                f"no channel {self._channel!r} among {sorted(map(str, channels)) if isinstance(channels, Mapping) else channels!r}",
-            )
+            present = _cut(str(sorted(map(str, channels)))) if isinstance(channels, Mapping) else _shown(channels)
+            raise WireError("no_channel", f"no channel {self._channel!r} among {present}")
         counts = _array(channels[self._channel])
         self._check_like(series, counts)
         user_data = item.get("user_data")
@@ -251,17 +255,17 @@ def _array(item: Any) -> npt.NDArray[Any]:
     if not isinstance(item, cbor2.CBORTag) or item.tag != _MULTI_DIMENSIONAL:
         raise WireError("wrong_type", "the pixels are no multi-dimensional array (tag 40)")
     (rows, columns), typed = item.value
-    if not (_is_count(rows) and _is_count(columns) and 0 < rows * columns <= MAX_MESSAGE_BYTES):
-        raise WireError("wrong_shape", f"an image of {rows!r} x {columns!r}")
     dtype: np.dtype[Any] | None = DTYPES.get(typed.tag) if isinstance(typed, cbor2.CBORTag) else None
     if dtype is None:
         raise WireError("wrong_dtype", f"typed array tag {getattr(typed, 'tag', None)!r} is none of {sorted(DTYPES)}")
+    if not (_is_count(rows) and _is_count(columns) and 0 < rows * columns * dtype.itemsize <= MAX_MESSAGE_BYTES):
+        raise WireError("wrong_shape", f"an image of {_shown(rows)} x {_shown(columns)} of {dtype}")
     payload = typed.value
     if isinstance(payload, cbor2.CBORTag) and payload.tag == _COMPRESSED:
         algorithm, _, blob = payload.value
         if not isinstance(blob, bytes):
             raise WireError("bad_compression", "the compressed pixels are no byte string")
-        return decompress(str(algorithm), blob, dtype, (rows, columns))
+        return decompress(_cut(str(algorithm)), blob, dtype, (rows, columns))
     if not isinstance(payload, bytes) or len(payload) != rows * columns * dtype.itemsize:
         raise WireError("wrong_shape", f"{len(payload) if isinstance(payload, bytes) else 0} bytes for {rows} x {columns} of {dtype}")
     return np.frombuffer(payload, dtype).reshape(rows, columns)
@@ -275,18 +279,30 @@ def _series(item: Mapping[str, Any]) -> str:
     return str(series)
 
 
+def _expected(item: Mapping[str, Any]) -> int | None:
+    """number_of_images; None where it is absent, or where it is 0 or beyond what a run can hold: so it stands for "until stopped"."""
+    expected = item.get("number_of_images")
+    if expected is None:
+        return None
+    if not _is_count(expected):
+        raise WireError("wrong_type", f"number_of_images is {_shown(expected)}")
+    return expected if 0 < expected <= MAX_INDEX else None
+
+
 def _detector_time(item: Mapping[str, Any]) -> float | None:
     date, start = item.get("series_date"), item.get("start_time")
     if not isinstance(date, datetime.datetime) or not isinstance(start, list | tuple):
         return None
     numerator, denominator = start
-    return date.timestamp() + float(numerator) / float(denominator)
+    seconds = date.timestamp() + float(numerator) / float(denominator)
+    return seconds if math.isfinite(seconds) else None
 
 
 def _distance(translation: Any) -> float | None:
     """The detector's distance in metres is the z of its translation; its sign depends on the handedness of the firmware's axes."""
     if isinstance(translation, list | tuple) and len(translation) == 3 and isinstance(translation[2], int | float):
-        return abs(float(translation[2]))
+        metres = abs(float(translation[2]))
+        return metres if math.isfinite(metres) else None
     return None
 
 
@@ -296,7 +312,7 @@ def _of_frame(user_data: Mapping[str, Any]) -> tuple[tuple[float, float] | None,
     place = None
     if isinstance(position, list | tuple) and len(position) == 2:
         place = float(position[0]), float(position[1])
-    return place, origin if _is_count(origin) else None
+    return place, origin if _is_count(origin) and origin < 2**63 else None
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -309,4 +325,23 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
+    if isinstance(value, int) and value.bit_length() > 64:
+        return hex(value)  # in decimal it takes quadratic time, and Python refuses
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in an error's text: scalars as they are, anything that can be of any size by its type."""
+    short = value is None or isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)
+    return _cut(repr(value)) if short else f"of type {type(value).__name__}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _refuse(value: Any, immutable: bool) -> Any:
+    raise ValueError("a shared value, string reference, regular expression or mail")
+
+
+_REFUSALS = dict.fromkeys(_REFUSED_TAGS, _refuse)

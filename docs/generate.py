@@ -1,0 +1,141 @@
+"""The code -> reference pages for settings, metrics and command line, and the example configuration.
+
+`python docs/generate.py` writes them; tests/test_docs.py fails where one is stale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer.models
+
+from streamprior import cli, config
+from streamprior.errors import WireError
+from streamprior.metrics import DROP_REASONS, Meters
+
+ROOT = Path(__file__).parents[1]
+
+MADE = "<!-- Made from the code by `python docs/generate.py`; edits here are overwritten. -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Path in the repository -> content of every file that is made from the code."""
+    return {
+        "docs/reference/settings.md": settings_page(),
+        "docs/reference/metrics.md": metrics_page(),
+        "docs/reference/cli.md": cli_page(),
+        "docs/benchmarks.md": benchmarks_page(),
+        "deploy/streamprior.yaml": config.example_yaml(),
+    }
+
+
+def settings_page() -> str:
+    rows = [
+        (f"`{key}`", f"`{kind}`", "required" if default == "required" else "none" if default is None else f"`{default}`", reason)
+        for key, kind, default, reason in config.describe()
+    ]
+    intro = (
+        "Every setting of the daemon. The YAML file holds them by section; an environment variable wins over the file: "
+        "`STREAMPRIOR_TILED__URI` sets `tiled.uri`. An unknown key is an error. Relative paths in the file are relative to the file. "
+        "[deploy/streamprior.yaml](../../deploy/streamprior.yaml) holds all of them at their defaults.\n\n"
+    )
+    return f"{MADE}# Settings\n\n{intro}{_table(('setting', 'type', 'default', 'meaning'), rows)}"
+
+
+def metrics_page() -> str:
+    rows = []
+    for family in example_meters().registry.collect():
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+        name = family.name.removesuffix(suffix) + suffix
+        rows.append((f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels), family.documentation))
+    dropped = [(f"`{stage}`", f"`{reason}`") for stage, reason in DROP_REASONS]
+    return (
+        f"{MADE}# Metrics\n\n"
+        "What `/metrics` shows. Every label value is there from the start, so that an alert sees a zero and not an absence.\n\n"
+        f"{_table(('metric', 'type', 'labels', 'meaning'), sorted(rows))}"
+        f"\n## Why a frame is dropped\n\n{_table(('stage', 'reason'), dropped)}"
+        f"\n## Why a message is quarantined\n\n{_table(('reason',), [(f'`{reason}`',) for reason in WireError.REASONS])}"
+    )
+
+
+def example_meters() -> Meters:
+    """The daemon's meters with one value for each label that a deployment chooses."""
+    meters = Meters("detector", ["prepare"], ["archive"], ["core"], ["flux"])
+    meters.build_info(version="", prior="", configuration="", device="")
+    meters.watch(lambda: 0, lambda: 0, {"receive": lambda: 0})
+    return meters
+
+
+def benchmarks_page() -> str:
+    """The newest measurement of each kind in benchmarks/results; its files are what `streamprior bench --json` printed."""
+    newest = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))[-1]
+    lines = [json.loads(line) for line in newest.read_text().splitlines()]
+    machine = next(line["machine"] for line in lines if "machine" in line)
+    text = [
+        f"{MADE}# Benchmarks\n",
+        f"`streamprior bench --json > benchmarks/results/{newest.name}` on {machine['cpu']}, {machine['cores']} cores, load "
+        f"{machine['load_1min']:.1f} at the start. Ratios are taken within the run; absolute times hold for this machine.\n",
+        "*classify*: one core, nanoseconds a pixel, counts to class ids and mean distance; the floor is a plain copy of the same bytes;"
+        " naive is scipy.ndimage with scikit-learn. *refine*: 50 iterations of error reduction, one core; the floor is the 100 planned transforms"
+        " alone. *path*: socket to archive, the sender sharing the cores; beside it the stages alone on as many threads.\n",
+    ]
+    for name in dict.fromkeys(line["benchmark"] for line in lines if "benchmark" in line):
+        rows = [{key: value for key, value in line.items() if key != "benchmark"} for line in lines if line.get("benchmark") == name]
+        # Rows of one shape make a table; the thread row of refine is a table of its own.
+        for columns in dict.fromkeys(tuple(row) for row in rows):
+            same = [tuple(_shown(value) for value in row.values()) for row in rows if tuple(row) == columns]
+            text.append(f"## {name}\n\n{_table([column.replace('_', ' ') for column in columns], same)}")
+    return "\n".join(text)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def cli_page() -> str:
+    commands = [info.callback for info in cli.app.registered_commands if info.callback is not None]
+    return f"{MADE}# Command line\n\n{cli.app.info.help}\n\n" + "\n".join(_command(one) for one in commands)
+
+
+def _command(callback: Any) -> str:
+    hints = typing.get_type_hints(callback, include_extras=True)
+    rows = []
+    for name, parameter in inspect.signature(callback).parameters.items():
+        kind, told = typing.get_args(hints[name])[:2]
+        needed = parameter.default is inspect.Parameter.empty
+        default = "required" if needed else "none" if parameter.default is None else f"`{parameter.default}`"
+        rows.append((f"`{_spelling(name, told)}`", f"`{config.spelled(kind)}`", default, told.help or ""))
+    body = inspect.getdoc(callback) or ""
+    lines = [f"    {line.removeprefix('Example: ')}" if line.startswith("Example: ") else line for line in body.splitlines()]
+    text = "\n".join(lines)
+    return f"## streamprior {callback.__name__}\n\n{text}\n\n{_table(('argument', 'type', 'default', 'meaning'), rows)}"
+
+
+def _spelling(name: str, told: Any) -> str:
+    if isinstance(told, typer.models.ArgumentInfo):
+        return name.upper()
+    # Inside Annotated, Typer keeps the first spelling of an option where its default would stand.
+    given = [one for one in (told.default, *(told.param_decls or ())) if isinstance(one, str)]
+    return ", ".join(given or (f"--{name.replace('_', '-')}",))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def write() -> None:
+    for path, content in pages().items():
+        file = ROOT / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,125 @@
+"""The documents say what the code does: generated pages, links, and every setting, metric and function they name."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamprior.config import describe, load_config, make_config
+
+ROOT = Path(__file__).parents[1]
+GENERATOR: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+PAGES: dict[str, str] = GENERATOR["pages"]()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+# In pieces, so that this file does not find itself.
+FOREIGN = re.compile(
+    "|".join(
+        [
+            r"pypi\." + r"org|pythonhosted\." + r"org|npmjs\." + r"(?:org|com)|anaconda\." + r"org|(?:extra-)?index-" + r"url\b",
+            r"(?<![\w.}/~])/(?:work|root|home/\w+|Users/\w+|tmp/\w+)" + r"/",
+        ]
+    )
+)
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_generated_file_is_what_the_code_says(path: str) -> None:
+    file = ROOT / path
+    assert file.exists(), f"{path} is missing: run `python docs/generate.py`"
+    assert file.read_text() == PAGES[path], f"{path} is stale: run `python docs/generate.py`"
+
+
+def test_the_example_configuration_holds_the_defaults_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, *_ in describe():
+        monkeypatch.delenv(f"STREAMPRIOR_{key.replace('.', '__').upper()}", raising=False)
+    loaded = load_config(ROOT / "deploy" / "streamprior.yaml")
+    assert loaded == make_config({"prior": "prior.h5"}, "defaults", relative_to=ROOT / "deploy")
+
+
+def test_every_setting_metric_and_command_has_its_line() -> None:
+    for key, _, _, reason in describe():
+        assert f"| `{key}` |" in PAGES["docs/reference/settings.md"]
+        assert reason, f"{key} does not say what it means"
+    assert "| `streamprior_frames_dropped_total` | counter | `reason`, `stage` |" in PAGES["docs/reference/metrics.md"]
+    assert "| `streamprior_stage_seconds` | histogram | `stage` |" in PAGES["docs/reference/metrics.md"]
+    assert "| `-o, --output` | `Path` | `prior.h5` |" in PAGES["docs/reference/cli.md"]
+    assert "| `FILE` | `str` | required |" in PAGES["docs/reference/cli.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    targets = [target for _, target in LINK.findall(document.read_text()) if "://" not in target and not target.startswith("mailto:")]
+    broken = [target for target in targets if not (document.parent / target).exists()]
+    assert not broken, f"{named(document)}: no such file: {', '.join(broken)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_a_name_that_links_to_code_is_defined_there(document: Path) -> None:
+    for text, target in LINK.findall(document.read_text()):
+        if not (target.endswith(".py") and text.startswith("`")) or text == f"`{Path(target).name}`":
+            continue
+        name = text.strip("`").rpartition(".")[2]
+        source = (document.parent / target).read_text()
+        assert re.search(rf"\b(?:def|class) {re.escape(name)}\b", source), f"{named(document)}: {target} defines no {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_settings_metrics_and_tests_named_in_a_document_exist(document: Path) -> None:
+    text = document.read_text()
+    settings = {key for key, *_ in describe()}
+    sections = {key.partition(".")[0] for key in settings if "." in key}
+    for key in re.findall(r"`([a-z]+\.[a-z_]+)(?:: [^`]*)?`", text):
+        assert key.partition(".")[0] not in sections or key.endswith(".py") or key in settings, f"{named(document)}: no setting {key}"
+    metrics = set(re.findall(r"streamprior_\w+", PAGES["docs/reference/metrics.md"])) | {"streamprior_sim", "streamprior_bench"}
+    unknown = {one for one in re.findall(r"\bstreamprior_[a-z_0-9]+", text) if re.sub(r"_(bucket|sum|count)$", "", one) not in metrics}
+    assert not unknown, f"{named(document)}: no metric {', '.join(sorted(unknown))}"
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert f"def {test}(" in tests, f"{named(document)}: no test {test}"
+
+
+def tracked_files() -> list[Path]:
+    """Files that git has, or would take."""
+    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout: nobody says which files belong to the repository")
+    return [ROOT / line for line in listing.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:
+    found = []
+    for file in tracked_files():
+        try:
+            text = file.read_text()
+        except UnicodeDecodeError:  # a picture
+            continue
+        found += [f"{named(file)}: {match[0]}" for match in FOREIGN.finditer(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "foreign"),
+    [
+        ("https://py" + "pi.org/simple", True),
+        ("--index-" + "url=x", True),
+        ("/wo" + "rk/data", True),
+        ("see /ho" + "me/ann/scan.cxi", True),
+        ("~/work/data", False),
+        ("../shared/data", False),
+        ("/var/lib/streamprior", False),
+    ],
+)
+def test_the_search_for_foreign_names_finds_what_it_is_for(text: str, foreign: bool) -> None:
+    assert bool(FOREIGN.search(text)) == foreign
