@@ -37,7 +37,7 @@ def run(repeats: int = 3) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         prior = _prior()
         save_prior(prior, Path(folder) / "prior.h5")
-        for refine, frames in ((True, 1000), (False, 8000)):
+        for refine, frames in ((True, 3000), (False, 12000)):
             config = _config(Path(folder), refine)
             alone, through = [], []
             for _ in range(repeats):

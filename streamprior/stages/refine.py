@@ -40,8 +40,8 @@ def refine(
 ) -> Reconstruction:
     """Retrieve the phases of each frame by itself, from a given start, in a fixed number of iterations.
 
-    Projections and update rules are those of docs/physics.md section 2: error reduction and hybrid input-output (Fienup 1982), RAAR (Luke 2005),
-    shrink-wrap (Marchesini 2003). A frame's result does not depend on the batch it came in.
+    Projections and update rules are those of docs/physics.md section 2: error reduction and hybrid input-output (Fienup 1982), RAAR
+    (Luke 2005), shrink-wrap (Marchesini 2003). A frame's result does not depend on the batch it came in.
 
     Parameters
     ----------
