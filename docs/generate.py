@@ -82,8 +82,8 @@ def benchmarks_page() -> str:
         f"`streamprior bench --json > benchmarks/results/{newest.name}` on {machine['cpu']}, {machine['cores']} cores, load "
         f"{machine['load_1min']:.1f} at the start. Ratios are taken within the run; absolute times hold for this machine.\n",
         "*classify*: one core, nanoseconds a pixel, counts to class ids and mean distance; the floor is a plain copy of the same bytes;"
-        " naive is scipy.ndimage with scikit-learn. *refine*: 50 iterations of error reduction, one core; the floor is the 100 planned transforms"
-        " alone. *path*: socket to archive, the sender sharing the cores; beside it the stages alone on as many threads.\n",
+        " naive is scipy.ndimage with scikit-learn. *refine*: 50 iterations of error reduction, one core; the floor is the 100 planned"
+        " transforms alone. *path*: socket to archive, the sender sharing the cores; beside it the stages alone on as many threads.\n",
     ]
     for name in dict.fromkeys(line["benchmark"] for line in lines if "benchmark" in line):
         rows = [{key: value for key, value in line.items() if key != "benchmark"} for line in lines if line.get("benchmark") == name]
