@@ -64,7 +64,7 @@ class Archive:
     folder : made by `open` if absent.
     prior : shapes of class maps and objects, names of the classes.
     provenance : goes into every run.json (hash of prior and configuration, version, source run uid, device).
-    growth : called with the run's folder after every change on disk; must not block.
+    growth : called with the run's folder when frames have been written and when the run has ended; must not block.
     drift_columns : keys of `Result.drift` that become columns.
     chunk_frames : frames a chunk; the growing chunk is rewritten by each write, so a larger one costs more where frames are few.
     """
@@ -128,7 +128,6 @@ class Archive:
             about = self._about(run) | {"frames": frames.rows, "extent": frames.extent}
             _replace_json(folder / RUN_FILE, about)
         self._runs[run.uid] = _Run(folder, classes, objects, frames, about)
-        self._growth(folder)
 
     def write(self, results: Sequence[Result]) -> None:
         """Store results of open runs by index: late, repeated and missing indices are all fine.

@@ -59,6 +59,7 @@ class Catalog:
         self._rescan = True  # at start, and after Tiled was away: everything in the archive is compared
         self._spoke = -QUIET_S
         self._closing = threading.Event()
+        self._news = threading.Event()  # something was announced, or it is time to close
         self._gave_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="catalog", daemon=True)
 
@@ -73,6 +74,7 @@ class Catalog:
                 self._waiting.setdefault(run_folder.name, 0.0)
             else:
                 self._rescan = True
+        self._news.set()
 
     def step(self) -> bool:
         """One pass over what waits, newest run first. False where Tiled did not answer; then everything is compared again later."""
@@ -97,6 +99,7 @@ class Catalog:
     def close(self, timeout_s: float) -> bool:
         """Tell Tiled the last of it, for at most `timeout_s`. True where nothing is left; what is left, the next start finds."""
         self._closing.set()
+        self._news.set()
         if self._thread.ident is None:
             self._api.close()
         else:
@@ -110,6 +113,11 @@ class Catalog:
             while not self._closing.wait(pause):
                 answered = self.step()
                 pause = self._period_s if answered else min(LONGEST_PAUSE_S, max(self._period_s, 2 * pause))
+                if answered and not self._closing.wait(self._period_s):
+                    # After a quiet time the first frames of a run are told of at once, further ones a period later.
+                    self._news.wait(QUIET_S)
+                    self._news.clear()
+                    pause = 0.0
             with self._lock:
                 self._waiting = dict.fromkeys(self._waiting, 0.0)
             while self.pending() and not self._gave_up.is_set():
