@@ -110,11 +110,11 @@ def _grow_from_twin(scenario: str, path: Path) -> None:
     save_prior(prior, path)
 
 
-def _twin(scenario: str) -> Any:
+def _twin(scenario: str, data: Path | None = None) -> Any:
     from streamprior_sim.scenario import load_scenario
     from streamprior_sim.twin import build
 
-    return build(load_scenario(scenario))
+    return build(load_scenario(scenario, {"sample.data": data.absolute()} if data is not None else None))
 
 
 @app.command()
@@ -191,8 +191,11 @@ def twin(
     scenario: Annotated[str, typer.Argument(help="A bundled scenario (bragg, gold_balls, ...) or a YAML file.")],
     to: Annotated[str | None, typer.Option("--to", help="ZMQ address of the receiver, tcp://HOST:PORT.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Frames a second (default: the scenario's).")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="How many frames (default: the scenario's; more repeat it).")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="How many frames: fewer are spread over the scenario's, more repeat them.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the frames to a CXI file instead of sending them.")] = None,
+    data: Annotated[Path | None, typer.Option(help="gold_balls: a published reconstruction (HDF5) in place of the made sample.")] = None,
 ) -> None:
     """The digital twin: simulated frames of a physical forward model, on the wire or in a file.
 
@@ -204,7 +207,7 @@ def twin(
     if (to is None) == (save is None):
         raise typer.BadParameter("give either --to ADDRESS or --save FILE", param_hint="--to / --save")
     with faults():
-        made = _twin(scenario)
+        made = _twin(scenario, data)
         if save is not None:
             _refuse_unwritable(save)
             with progress() as report:
@@ -214,7 +217,7 @@ def twin(
         # Rendered beforehand: the physics of a frame takes longer than a fast detector gives it.
         wanted = frames or len(made)
         with progress() as report:
-            rendered = Prerendered(made, wanted, wanted, lambda done, total: report("rendering", done, total))
+            rendered = Prerendered(made, min(wanted, len(made)), wanted, lambda done, total: report("rendering", done, total))
         _send(rendered, to, rate or made.scenario.rate_hz, f"twin {scenario}")
 
 

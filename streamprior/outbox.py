@@ -48,7 +48,7 @@ class Outbox:
         """Write what has gathered; False when the path has ended and the sink is closed."""
         if not self._open:
             self._open = self._attempt(self.sink.open)
-        # A complete sink writes in blocks (one chunk of the archive). A live one takes whatever is there, at once, and shows the last of it.
+        # A complete sink writes in blocks (one chunk of the archive). A live one takes what is there, at once, and shows the last of it.
         items = self.mailbox.take(64, linger_s=0.25 if self.sink.complete else 0.0)
         if items is None:
             self._attempt(self.sink.close)

@@ -272,3 +272,11 @@ def test_flipped_cut_and_spliced_bytes_raise_nothing_but_wire_errors(kind: str, 
         except WireError:
             continue
         assert isinstance(record, SeriesStart | Frame | SeriesEnd)
+
+
+def test_images_of_another_shape_than_announced_do_not_turn_the_series_against_its_good_ones() -> None:
+    decoder = StreamV2Decoder("eiger")
+    decoder.decode(encode_start(7, "S7", Detector(shape=(16, 16)), 3, np.dtype(np.uint16), {}), 0.0)
+    with pytest.raises(WireError, match="wrong_shape"):
+        decoder.decode(image(np.ones((16, 8), np.uint16)), 0.0)
+    assert decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0).counts.sum() == 256

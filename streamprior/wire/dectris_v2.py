@@ -75,6 +75,7 @@ class StreamV2Decoder:
         self._max_message_bytes = max_message_bytes
         self._series = ""
         self._like: tuple[tuple[int, ...], np.dtype[Any]] | None = None  # shape and dtype of the series' first image
+        self._announced: tuple[int, int] | None = None  # shape in the series' start message
 
     def decode(self, message: Message, received: float) -> SeriesStart | Frame | SeriesEnd:
         """One message; `received` in Unix seconds. Raises WireError and nothing else."""
@@ -107,7 +108,7 @@ class StreamV2Decoder:
             "user_data": _plain(user_data) if isinstance(user_data, Mapping) else {},
         }
         start = SeriesStart(self._source, series, _expected(item), self._detector(item), metadata)
-        self._series, self._like = series, None
+        self._series, self._like, self._announced = series, None, start.detector.shape
         return start
 
     def _detector(self, item: Mapping[str, Any]) -> Detector:
@@ -154,14 +155,15 @@ class StreamV2Decoder:
         return Frame(self._source, series, index, counts, received, _detector_time(item), position, origin)
 
     def _check_like(self, series: str, counts: npt.NDArray[Any]) -> None:
-        """Shape and dtype may not change within a series: the first image says what they are."""
-        if series != self._series or self._like is None:
-            self._series, self._like = series, (counts.shape, counts.dtype)
-        shape, dtype = self._like
+        """Shape and dtype may not change within a series: the start message says the shape, the first image what is left open."""
+        if series != self._series:
+            self._series, self._like, self._announced = series, None, None
+        shape, dtype = self._like or (self._announced or counts.shape, counts.dtype)
         if counts.shape != shape:
             raise WireError("wrong_shape", f"image of {counts.shape} in a series of {shape}")
         if counts.dtype != dtype:
             raise WireError("wrong_dtype", f"image of {counts.dtype} in a series of {dtype}")
+        self._like = shape, dtype
 
 
 def encode_start(
