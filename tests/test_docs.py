@@ -116,7 +116,7 @@ def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:
         ("--index-" + "url=x", True),
         ("/wo" + "rk/data", True),
         ("see /ho" + "me/ann/scan.cxi", True),
-        ("~/work/data", False),
+        ("~/data", False),
         ("../shared/data", False),
         ("/var/lib/streamprior", False),
     ],
