@@ -74,7 +74,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def demo(
     headless: Annotated[bool, typer.Option("--headless", help="End by itself after one run, print the ledger.")] = False,
-    frames: Annotated[int, typer.Option(min=8, help="Frames of a run.")] = 400,
+    frames: Annotated[int | None, typer.Option(min=8, help="Frames of a run (default: the scenario's, 400 for bragg).")] = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Frames a second.")] = 100.0,
     scenario: Annotated[str, typer.Option(help="Scenario of the digital twin: a bundled name or a YAML file.")] = "bragg",
     folder: Annotated[Path | None, typer.Option(help="Keep archive, prior and Tiled's catalog here (default: a temporary folder).")] = None,
@@ -87,7 +87,7 @@ def demo(
     with faults():
         from streamprior import demo as show
 
-        settings = show.DemoSettings(scenario, frames, rate, headless, port)
+        settings = show.DemoSettings(scenario, frames or len(_twin(scenario)), rate, headless, port)
         with show.workplace(folder) as place:
             prior = place / f"prior-{Path(scenario).stem}.h5"
             if not prior.exists():
@@ -96,11 +96,11 @@ def demo(
 
 
 def _grow_from_twin(scenario: str, path: Path) -> None:
-    """The demo's prior: grown on every fourth frame of the twin's scan, as last month's scan would be."""
+    """The demo's prior: grown on every fourth frame of the twin's scan without its drift, as last month's quiet scan would be."""
     from streamprior.prior import save_prior
     from streamprior.train.grow import grow_prior
 
-    twin = _twin(scenario)
+    twin = _twin(scenario, {"drift": {}})
     with progress() as report:
         frames = []
         for i in range(0, len(twin), 4):
@@ -110,11 +110,11 @@ def _grow_from_twin(scenario: str, path: Path) -> None:
     save_prior(prior, path)
 
 
-def _twin(scenario: str, data: Path | None = None) -> Any:
+def _twin(scenario: str, changes: dict[str, Any] | None = None) -> Any:
     from streamprior_sim.scenario import load_scenario
     from streamprior_sim.twin import build
 
-    return build(load_scenario(scenario, {"sample.data": data.absolute()} if data is not None else None))
+    return build(load_scenario(scenario, changes))
 
 
 @app.command()
@@ -207,7 +207,7 @@ def twin(
     if (to is None) == (save is None):
         raise typer.BadParameter("give either --to ADDRESS or --save FILE", param_hint="--to / --save")
     with faults():
-        made = _twin(scenario, data)
+        made = _twin(scenario, {"sample.data": data.absolute()} if data is not None else None)
         if save is not None:
             _refuse_unwritable(save)
             with progress() as report:
@@ -271,7 +271,10 @@ def train(
                 )
             except ValueError as error:
                 raise ConfigError(f"{files[0]}: {error}") from error
-        prior = save_prior(grown, output)
+        try:
+            prior = save_prior(grown, output)
+        except OSError as error:
+            raise ConfigError(f"{output}: cannot be written ({error.strerror}); name a file in a folder that can") from error
     _print_prior(prior, output, time.monotonic() - started)
 
 
@@ -286,7 +289,7 @@ def _refuse_unwritable(file: Path) -> None:
 @app.command()
 def ledger(
     url: Annotated[str, typer.Option(help="Address of the daemon's HTTP port.")] = "http://127.0.0.1:9870",
-    run: Annotated[str | None, typer.Option(help="Uid of a run (default: all; with --frame the newest).")] = None,
+    run: Annotated[str | None, typer.Option(help="Uid of a run or the beginning of it (default: all; with --frame the newest).")] = None,
     frame: Annotated[int | None, typer.Option(help="Index of a frame: what became of it?")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of sentences.")] = False,
 ) -> None:

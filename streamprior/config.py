@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from streamprior.errors import ConfigError
@@ -48,6 +48,15 @@ class _Room(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def _zmq_address(address: str) -> str:
+    """ZMQ itself takes port 99999 for another one without a word."""
+    port = address.rpartition(":")[2]
+    fits = port == "*" or (port.isdecimal() and 0 < int(port) < 65536)
+    if not address.startswith("ipc://") and not (address.startswith("tcp://") and fits):
+        raise ValueError("write tcp://HOST:PORT with a port from 1 to 65535, or * for any free one")
+    return address
+
+
 class SourceSettings(_Room):
     """Where frames come from."""
 
@@ -55,7 +64,7 @@ class SourceSettings(_Room):
     """dectris_v2: DECTRIS stream V2 over ZMQ. file: a recorded run, read as fast as it can be processed; the daemon ends with it."""
     name: str = "detector"
     """Part of every frame's identity and a label of the metrics."""
-    address: str = "tcp://127.0.0.1:31001"
+    address: Annotated[str, AfterValidator(_zmq_address)] = "tcp://127.0.0.1:31001"
     """ZMQ address; 31001 is the port of DECTRIS stream V2. Loopback unless told otherwise."""
     attach: Literal["bind", "connect"] = "bind"
     """bind: senders connect to us (twin, replay). connect: we connect to a detector's PUSH socket (EIGER2)."""
@@ -103,7 +112,7 @@ class DriftSettings(_Room):
     """When a signal counts as drifted."""
 
     limit: Annotated[float, Field(gt=0)] = 5.0
-    """Standard deviations of the prior's baseline. 5 sigma found a 1 %/frame flux loss at once and stayed quiet otherwise."""
+    """Standard deviations of the prior's baseline. 5 sigma found a flux loss of 1 % a frame at once on a stationary simulated beam."""
     patience: Annotated[int, Field(gt=0)] = 3
     """Frames in a row beyond the limit before the alarm is raised."""
 

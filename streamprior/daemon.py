@@ -17,6 +17,7 @@ import structlog
 from streamprior import __version__
 from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
+from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
@@ -53,6 +54,7 @@ class Daemon:
     ledger: Ledger
     source: Source
     pipeline: Pipeline
+    archive: Archive
     catalog: Catalog | None
     server: HttpServer
 
@@ -65,7 +67,8 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
     prior = load_prior(config.prior)
     recipe = Recipe(prior, config.prepare, config.refine, config.drift)
     source, decoder = _source(config, prior)
-    catalog, sinks = _sinks(config, prior, recipe)
+    catalog, archive, live = _sinks(config, prior, recipe)
+    sinks: list[Sink] = [archive, *live]
     ledger = Ledger(sink.name for sink in sinks if sink.complete)
     page = LivePage(prior)
     meters = Meters(
@@ -111,7 +114,7 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
         return state | ({"tiled": catalog.up} if catalog is not None else {})
 
     server = HttpServer(make_app(meters, ledger, page, ready), config.http)
-    return Daemon(config, recipe, ledger, source, pipeline, catalog, server)
+    return Daemon(config, recipe, ledger, source, pipeline, archive, catalog, server)
 
 
 def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
@@ -120,6 +123,11 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     0: drained and balanced. 1: our own failure, or a ledger that does not balance. 3: the time to drain was over, or a second signal
     came; what was left behind is in the ledger as dropped. ConfigError (exit 2) is raised before anything is accepted.
     """
+    try:
+        # A folder that cannot be written now is the operator's to mend; one that goes away later is waited for.
+        daemon.archive.open()
+    except SinkUnavailable as error:
+        raise ConfigError(f"archive.folder: {error}") from None
     log.info("warming up", kernels=str(state_folder()))
     daemon.recipe.warm_up()
     daemon.server.start()
@@ -197,7 +205,7 @@ def _source(config: Config, prior: Prior) -> tuple[Source, Decoder]:
     return ZmqPull(settings), StreamV2Decoder(settings.name, settings.channel, settings.max_message_mb * _MIB)
 
 
-def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None, list[Sink]]:
+def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None, Archive, list[Sink]]:
     """The archive, and Tiled beside it where the configuration names one."""
     provenance = {
         "prior_hash": prior.content_hash,
@@ -206,14 +214,15 @@ def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None
         "recipe": config.recipe,
         "device": device(),
     }
-    catalog, live = None, []
+    catalog: Catalog | None = None
+    live: list[Sink] = []
     if config.tiled.uri is not None:
         key = tiled_api_key(config.tiled)
         catalog = Catalog(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
         live.append(LatestArrays(config.tiled.uri, key, config.tiled.parent, config.tiled.live_hz))
     growth = catalog.announce if catalog is not None else lambda folder: None
     archive = Archive(config.archive.folder, prior, provenance, growth, recipe.drift_columns, config.archive.chunk_frames)
-    return catalog, [archive, *live]
+    return catalog, archive, live
 
 
 def _bytes_of(outbox: Outbox) -> Callable[[], int]:

@@ -87,6 +87,7 @@ def run(settings: DemoSettings, place: Path, prior: Path, out: Console) -> int:
 
 def _play(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatch, tiled: EmbeddedTiled, archive: Path, out: Console) -> int:
     twins: list[subprocess.Popen[bytes]] = []
+    said: list[str] = []
 
     def until() -> bool:
         """Called over and over by the daemon: starts the twin once the socket is there, and says when the run is over."""
@@ -97,6 +98,9 @@ def _play(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatch, 
         if twins[0].poll() not in (None, 0) and not accounts:
             return True
         over = bool(accounts) and accounts[0]["closed"] is not None
+        if over and not said and not settings.headless:
+            said.append("The run is over and archived; page and Tiled stay up until Ctrl-C.")
+            out.print(said[0])
         return settings.headless and over
 
     try:

@@ -131,6 +131,15 @@ class Ledger:
         with self._lock:
             return self._run(uid).distinct
 
+    def find(self, name: str) -> str:
+        """The uid of the run that a person means: by uid, the beginning of one, or its series. KeyError where that is none, or several."""
+        with self._lock:
+            series = [uid for uid, run in self._runs.items() if run.started is not None and run.started.series == name]
+            found = {uid for uid in self._runs if uid.startswith(name)} | set(series[-1:])
+        if len(found) != 1:
+            raise KeyError(name)
+        return found.pop()
+
     def balance(self, uid: str) -> dict[str, Any]:
         """The run's account as JSON-able numbers; `balanced` is True when every frame's fate is known. KeyError for an unknown run."""
         with self._lock:
@@ -246,8 +255,9 @@ def account_line(account: dict[str, Any]) -> str:
         return f"{sum(total.values())}" + (f" ({detail})" if detail else "")
 
     opened = time.strftime("%H:%M:%S", time.localtime(account["opened"])) if account["opened"] else "--:--:--"
+    whose = f"{account['series'] or 'no run'} ({(account['run'] or '-')[:8]})"
     return (
-        f"{opened} {account['series'] or 'no run'}: {account['received']} received = {account['published']} published"
+        f"{opened} {whose}: {account['received']} received = {account['published']} published"
         f" + {by_reason(account['dropped'])} dropped + {by_reason(account['quarantined'])} quarantined + {account['in_flight']} in flight;"
         f" {account['missing']} missing; {'balanced' if account['balanced'] else 'NOT BALANCED, residue ' + str(account['residue'])}"
     )

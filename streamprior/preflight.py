@@ -11,13 +11,15 @@ from importlib.util import find_spec
 from starlette.applications import Starlette
 
 from streamprior.config import Config, HttpSettings, state_folder, tiled_api_key
-from streamprior.errors import ConfigError
+from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.prior import load_prior
 from streamprior.server import HttpServer
+from streamprior.sinks.archive import claim
 from streamprior.sinks.tiled_api import probe
 from streamprior.sources.files import open_recording
 from streamprior.sources.zmq import ZmqPull
 from streamprior.stages.prepare import load_corrections
+from streamprior.stages.schedule import parse_schedule
 
 _LEAST_FREE_BYTES = 10 * 2**30
 """10 GiB hold about 100,000 frames of 128 x 128 with objects of 64 x 64."""
@@ -37,6 +39,7 @@ def inspect(config: Config) -> Iterator[Finding]:
     looks: dict[str, Callable[[], str]] = {
         "prior": lambda: _prior(config),
         "corrections": lambda: _corrections(config),
+        "refine": lambda: _refine(config),
         "source": lambda: _source(config),
         "http": lambda: _http(config.http),
         "archive": lambda: _archive(config),
@@ -63,6 +66,16 @@ def _corrections(config: Config) -> str:
     if files:
         load_corrections(config.prepare, load_prior(config.prior).geometry.detector_shape)
     return ", ".join(map(str, files)) or "none but what the start message brings"
+
+
+def _refine(config: Config) -> str:
+    if not config.refine.enabled:
+        return "off: masks and drift only"
+    try:
+        schedule = parse_schedule(config.refine.schedule or config.refine.iterations)
+    except ValueError as error:
+        raise ConfigError(f"refine.schedule: {error}") from None
+    return f"{schedule}: {schedule.iterations} iterations, {schedule.ffts} FFTs a frame"
 
 
 def _source(config: Config) -> str:
@@ -94,6 +107,10 @@ def _archive(config: Config) -> str:
             pass
     except OSError as error:
         raise ConfigError(f"archive.folder: {folder} cannot be written ({error.strerror}); name another or change its owner") from None
+    try:
+        claim(folder).close()
+    except SinkUnavailable as error:
+        raise ConfigError(f"archive.folder: {error}") from None
     free = shutil.disk_usage(folder).free
     if free < _LEAST_FREE_BYTES:
         raise ConfigError(f"archive.folder: only {free / 2**30:.1f} GiB are free on {folder}; make room or name another folder")

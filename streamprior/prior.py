@@ -64,7 +64,8 @@ class Prior:
 
     Retrieval: support : (H, W) bool, centred. invalid : (H, W) bool, pixels found unusable in training (prepared frame).
 
-    baselines : name -> (mean, standard deviation) on the training frames: flux, chi2, class_distance, centre_row, centre_column, ...
+    baselines : name -> (mean, standard deviation) on the training frames: flux, chi2, chi2_over_floor, class_distance, centre_row,
+        centre_column, ...; flux_least holds the faintest training frame's flux, below which masks and chi2 are not judged.
     training : what a person needs to overrule the choices: elbow curve, silhouettes, SOM codebook, explained variance (arrays).
     provenance : where it came from (files, frames, settings, version, time); not part of the hash.
     """

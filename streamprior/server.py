@@ -42,11 +42,13 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> S
         run, frame = request.query_params.get("run"), request.query_params.get("frame")
         try:
             if frame is not None:
-                uid = run or _newest(ledger)
+                uid = ledger.find(run) if run else _newest(ledger)
+                if not frame.isdecimal():
+                    raise ValueError(frame)
                 return JSONResponse({"run": uid, "frame": int(frame), "fate": ledger.frame(uid, int(frame))})
-            return JSONResponse(ledger.balance(run) if run else {"runs": ledger.runs(), "balanced": ledger.is_balanced()})
+            return JSONResponse(ledger.balance(ledger.find(run)) if run else {"runs": ledger.runs(), "balanced": ledger.is_balanced()})
         except KeyError:
-            return JSONResponse({"error": f"no run {run or 'yet'}; /ledger lists the runs that are known"}, 404)
+            return JSONResponse({"error": f"no run {run or 'yet'} since this daemon started; /ledger lists those there are"}, 404)
         except ValueError:
             return JSONResponse({"error": f"frame={frame!r} is not a frame index"}, 400)
 

@@ -35,7 +35,7 @@ def small_prior(shape: tuple[int, int] = (32, 32), **changes: Any) -> Prior:
         reference=np.zeros(shape, np.uint8),
         support=support,
         invalid=np.zeros(shape, bool),
-        baselines={"flux": (5.0, 1.0), "chi2": (0.1, 0.02)},
+        baselines={"flux": (5.0, 1.0), "chi2": (0.1, 0.02), "chi2_over_floor": (0.1, 0.02)},
     )
     return freeze(replace(prior, **changes))
 

@@ -160,13 +160,12 @@ def test_odd_questions_are_answered_without_an_error_of_ours(place: Path) -> Non
         with running.sender() as push:
             push.send(series(diffraction(count=1))[0])
             running.until("run opened")
-        for frame, status in (("9" * 5000, 400), ("x", 400), ("", 400)):
+        for frame, status in (("9" * 5000, 400), ("x", 400), ("", 400), ("-1", 400)):
             with pytest.raises(urllib.error.HTTPError) as refusal:
                 running.get(f"/ledger?frame={frame}")
             with refusal.value as answer:
                 assert answer.code == status
-        for frame in ("-1", str(2**70)):
-            assert running.get(f"/ledger?frame={frame}")["fate"] == "never received"
+        assert running.get(f"/ledger?frame={2**70}")["fate"] == "never received"
 
 
 def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path) -> None:
@@ -188,10 +187,10 @@ def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path)
     house = House([], [stuck])
     source = house.path._source = Failing(series(diffraction(count=3))[:-1])
     config = Config(prior=place / "prior.h5", runs={"drain_s": 0.1})
-    idle = SimpleNamespace(warm_up=lambda: None, start=lambda: None, stop=lambda: None, url="")
+    idle = SimpleNamespace(warm_up=lambda: None, start=lambda: None, stop=lambda: None, open=lambda: None, url="")
     codes: list[int] = []
     process = threading.Thread(
-        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, house.path, None, idle))), daemon=True
+        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, house.path, idle, None, idle))), daemon=True
     )
     process.start()
     process.join(30)
@@ -330,6 +329,15 @@ def test_check_finds_every_fault_at_once_and_names_a_remedy(place: Path) -> None
     assert said.count("FAIL") == 3
     for words in ("streamprior train", "archive.folder", "tiled.uri"):
         assert words in said
+
+
+def test_a_second_daemon_on_the_same_archive_is_refused_before_it_accepts_a_frame(place: Path) -> None:
+    with daemon(place):
+        text = "prior: prior.h5\nsource: {address: 'tcp://127.0.0.1:*'}\nhttp: {port: 0}\n"
+        for command in ("run", "check"):
+            code, said = refused(place, text, command)
+            assert code == 2
+            assert "another streamprior writes to it" in said
 
 
 def test_an_unreachable_tiled_does_not_stop_the_daemon_and_shows_in_readyz(place: Path) -> None:

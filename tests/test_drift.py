@@ -17,8 +17,8 @@ SHAPE = (32, 32)
 
 
 def make_result(classes: np.ndarray | None = None, counts: np.ndarray | None = None, **changes: Any) -> Result:
-    given: dict[str, Any] = dict.fromkeys(("chi2_floor", "r_factor", "free_llk", "distance"), float("nan"))
-    given |= {"chi2": 0.1, "class_distance": 1.0, "unit": -1, "arm": "flat", "flags": 0, "received": 0.0}
+    given: dict[str, Any] = dict.fromkeys(("r_factor", "free_llk", "distance"), float("nan"))
+    given |= {"chi2": 0.1, "chi2_floor": 1.0, "class_distance": 1.0, "unit": -1, "arm": "flat", "flags": 0, "received": 0.0}
     given |= dict.fromkeys(("detector_time", "position", "origin"))
     return Result(
         run="run-1",
@@ -98,7 +98,7 @@ def test_what_the_stage_names_is_what_it_fills_in() -> None:
 
 
 def test_scores_are_deviations_from_the_baseline_in_its_standard_deviations() -> None:
-    prior = small_prior(baselines={"flux": (4.0, 0.5), "chi2": (0.1, 0.02), "class_distance": (1.0, 0.0)})
+    prior = small_prior(baselines={"flux": (4.0, 0.5), "chi2_over_floor": (0.1, 0.02), "class_distance": (1.0, 0.0)})
     score = watching(prior)(make_result(chi2=0.16, class_distance=1.0)).score
     assert score["flux"] == pytest.approx(2)
     assert score["chi2"] == pytest.approx(3)
@@ -225,3 +225,22 @@ def test_a_beam_that_is_away_leaves_empty_frames_and_no_alarm(quiet: Any) -> Non
     results = watched(twin(**{"drift.steps": [{"frame": 16, "flux": 0.0}]}), prior)
     assert all(result.flags & Flag.EMPTY for result in results[16:])
     assert not any(result.alarms for result in results)
+
+
+def test_chi2_is_judged_by_how_far_above_its_noise_it_lies() -> None:
+    watch = watching()
+    assert watch(make_result(chi2=0.1, chi2_floor=1.0)).score["chi2"] == pytest.approx(0)
+    assert watch(make_result(chi2=0.4, chi2_floor=4.0)).score["chi2"] == pytest.approx(0)
+    assert watch(make_result(chi2=0.1, chi2_floor=0.5)).score["chi2"] == pytest.approx(5)
+
+
+def test_a_frame_fainter_than_any_of_the_training_is_judged_by_its_flux_alone() -> None:
+    prior = small_prior(
+        baselines={"flux": (5.0, 0.5), "flux_least": (4.0, 0.0), "class_distance": (1.0, 0.1), "chi2_over_floor": (0.1, 0.02)}
+    )
+    faint = make_result(counts=np.full(SHAPE, 3, np.float32), chi2=9.0, class_distance=50.0)
+    bright = make_result(counts=np.full(SHAPE, 4, np.float32), chi2=9.0, class_distance=50.0)
+    watch = watching(prior, patience=1)
+    assert watch(faint).score["flux"] == pytest.approx(-4)
+    assert watch(faint).alarms == ()
+    assert set(watch(bright).alarms) == {"chi2", "class_distance"}

@@ -66,6 +66,18 @@ def test_why_a_frame_is_not_there_is_answered_in_words() -> None:
     assert ledger.frame("u", 1) == "quarantined: wrong_shape"
 
 
+def test_a_run_is_found_by_the_beginning_of_its_uid_or_by_its_series() -> None:
+    ledger = Ledger(["archive"])
+    for uid in ("80b22e86-1", "80b22e86-2", "9c"):
+        ledger.open_run(run(uid))
+    assert ledger.find("9") == "9c"
+    assert ledger.find("80b22e86-2") == "80b22e86-2"
+    assert ledger.find("S1") == "9c", "the newest of a series"
+    for name in ("80b", "nobody"):
+        with pytest.raises(KeyError):
+            ledger.find(name)
+
+
 def test_messages_outside_any_run_are_counted_too() -> None:
     ledger = Ledger(["archive"])
     ledger.received_unread(None)

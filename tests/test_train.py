@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import streamprior as sp
+from streamprior.crew import think
 from streamprior.prior import FEATURES, Geometry, save_prior
 from streamprior.stages.prepare import Corrections
 from streamprior.train import TrainSettings, grow_prior
 from streamprior.train.classes import class_names, grow_classes, sample_pixels
 from streamprior.train.region import centre_of_mass, find_geometry
 from streamprior.train.support import LARGEST, SMALLEST, find_support
-from tests.builders import diffraction
+from tests.builders import diffraction, make_frame, make_recipe, make_run
 
 DATA = "entry_1/instrument_1/detector_1/data"
 QUICK = TrainSettings(pixels=4000, frames=12, solved=2, control=4, schedule="20*HIO+5*ER+SW(2.0)+10*ER")
@@ -101,7 +102,7 @@ def test_the_other_half_of_the_scan_looks_as_the_baselines_say(grown, data_folde
 
 def test_every_baseline_of_a_drift_signal_is_there_and_a_number(grown):
     prior, _ = grown
-    wanted = {"flux", "class_distance", "chi2", "centre_row", "centre_column"}
+    wanted = {"flux", "flux_least", "class_distance", "chi2", "chi2_over_floor", "centre_row", "centre_column"}
     wanted |= {f"{what}_{name}" for what in ("fraction", "iou") for name in prior.class_names}
     assert set(prior.baselines) == wanted
     assert np.isfinite(list(prior.baselines.values())).all()
@@ -279,3 +280,14 @@ def test_masked_pixels_are_invalid_in_the_prior_and_a_dark_is_subtracted_before_
     assert corrected.invalid[5, 7]
     assert not plain.invalid[5, 7]
     assert corrected.normaliser == pytest.approx(plain.normaliser, rel=0.01)
+
+
+def test_a_good_rocking_curve_raises_no_alarm_on_frames_the_prior_never_saw(grown, data_folder) -> None:
+    prior, _ = grown
+    with h5py.File(data_folder / "bcdi_gold_rocking_curve.cxi") as file:
+        unseen = file[DATA][1::2]
+    recipe = make_recipe(prior, iterations=50)
+    watch = recipe.watches()[0]
+    frames = [make_frame(counts, i) for i, counts in enumerate(unseen)]
+    alarmed = {result.index: result.alarms for result in map(watch, think(recipe.stages(), prior, make_run(), frames)) if result.alarms}
+    assert not alarmed

@@ -108,7 +108,7 @@ class Archive:
         with _disk(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._lock is None:
-                self._lock = _claim(self._folder)
+                self._lock = claim(self._folder)
             for folder in run_folders(self._folder):
                 about = read_about(folder)
                 if about["status"] == "running" and about["uid"] not in self._runs:
@@ -244,7 +244,7 @@ def _disk(path: Path) -> Iterator[None]:
         raise SinkUnavailable(f"archive {path}: {error.strerror or error}; {remedy}, writing goes on by itself") from error
 
 
-def _claim(folder: Path) -> IO[bytes]:
+def claim(folder: Path) -> IO[bytes]:
     """The folder's lock file, held: two daemons in one archive would mark each other's runs as interrupted."""
     lock = (folder / ".lock").open("ab")
     try:

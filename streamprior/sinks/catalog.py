@@ -6,10 +6,14 @@ import threading
 import time
 from pathlib import Path, PurePath
 
+import structlog
+
 from streamprior.errors import SinkUnavailable
 from streamprior.sinks.archive import run_folders
 from streamprior.sinks.registration import Registrar, RunUnreadable
 from streamprior.sinks.tiled_api import TiledApi, TiledRefused
+
+log = structlog.get_logger(__name__)
 
 MAX_WAITING = 1000
 """Folders remembered by name while Tiled is away; beyond, the archive folder itself is the memory and is scanned again."""
@@ -81,15 +85,21 @@ class Catalog:
         try:
             refusal = self._pass()
         except SinkUnavailable as error:
-            self.up, self.error = False, str(error)
+            self._complain(error)
             self._rescan = True
             self._registrar.forget()
             return False
         if refusal is not None:
-            self.up, self.error = False, str(refusal)
+            self._complain(refusal)
         elif not self._refused():
             self.up, self.error = True, ""
         return True
+
+    def _complain(self, error: SinkUnavailable) -> None:
+        """Once for each new trouble: the same one comes back with every try."""
+        if str(error) != self.error:
+            log.warning("Tiled lags behind the archive", error=str(error))
+        self.up, self.error = False, str(error)
 
     def pending(self) -> bool:
         """Something that was announced, or lies in the archive, is not yet known to be in Tiled."""

@@ -39,6 +39,7 @@ _FIXED: tuple[tuple[str, pa.DataType], ...] = (
     ("distance", pa.float64()),
     ("arm", pa.string()),
     ("flags", pa.uint32()),
+    ("alarms", pa.string()),  # signals whose drift alarm is on, divided by commas
 )
 
 
@@ -68,6 +69,7 @@ def frame_row(result: Result, published: float, class_names: Sequence[str], drif
         result.distance,
         result.arm,
         result.flags,
+        ",".join(result.alarms),
         *_values(result.iou, class_names),
         *_values(result.iou_previous, class_names),
         *_values(result.drift, drift_columns),

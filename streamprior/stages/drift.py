@@ -7,10 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from streamprior.jit import kernel
 from streamprior.prior import Prior
 from streamprior.records import NOT_MEASURED, Flag, Result, RunStarted
+
+log = structlog.get_logger(__name__)
+
+_FAINT = 0.9
+"""Part of the faintest training frame's flux: photon noise alone may take a frame as faint as that one below it."""
 
 
 def signals(class_names: tuple[str, ...]) -> tuple[str, ...]:
@@ -101,16 +107,35 @@ class DriftWatch:
             "centre_row": numbers.centre_row,
             "centre_column": numbers.centre_column,
         } | {f"fraction_{name}": float(share) for name, share in zip(prior.class_names, numbers.fraction, strict=True)}
-        watched = values | {"chi2": result.chi2, "class_distance": result.class_distance}
-        score = {signal: _score(value, prior.baselines.get(signal)) for signal, value in watched.items()}
+        score = self._scores(values, result)
+        before = self._on.copy()
+        alarms = self._alarms(score) if not result.flags & Flag.EMPTY else ()
+        for signal in self._on ^ before:
+            log.warning("drift alarm", signal=signal, on=signal in self._on, frame=result.index, sigmas=round(score[signal], 1))
         return replace(
             result,
             iou=dict(zip(prior.class_names, map(float, numbers.iou), strict=True)),
             iou_previous=dict(zip(prior.class_names, map(float, numbers.iou_previous), strict=True)),
             drift=values,
             score=score,
-            alarms=self._alarms(score) if not result.flags & Flag.EMPTY else (),
+            alarms=alarms,
         )
+
+    def _scores(self, values: Mapping[str, float], result: Result) -> dict[str, float]:
+        """Deviations from the baseline; NaN where there is nothing to judge by.
+
+        A frame fainter than any the prior was grown on is judged by its flux alone: where there are few photons, centre, classes and
+        chi2 are those of the noise, and every rocking curve would end in an alarm.
+        """
+        baselines = self._prior.baselines
+        score = {signal: _score(value, baselines.get(signal)) for signal, value in values.items()}
+        # The same misfit is much at the peak and little on the flank: what counts is how far above its noise it lies.
+        score["chi2"] = _score(result.chi2 / result.chi2_floor, baselines.get("chi2_over_floor"))
+        score["class_distance"] = _score(result.class_distance, baselines.get("class_distance"))
+        least, _ = baselines.get("flux_least", (0.0, 0.0))
+        if values["flux"] < _FAINT * least:
+            score |= dict.fromkeys(score.keys() - {"flux"}, float("nan"))
+        return score
 
     def _alarms(self, score: Mapping[str, float]) -> tuple[str, ...]:
         """An alarm changes its state after `patience` frames in a row that speak for the other one: it flickers neither on nor off."""

@@ -165,12 +165,13 @@ def _baselines(photons: Photons, prior: Prior, settings: TrainSettings, tick: Ti
     classes = classify(photons, prior)
     pairs = {"flux": _pair(_flux(photons)), "class_distance": _pair(classes.distance), **_mask_baselines(photons, classes, prior)}
     control = _take(photons, _spread(len(photons.counts), settings.control))
-    chi2 = np.empty(len(control.counts))
+    chi2, floor = np.empty(len(control.counts)), np.empty(len(control.counts))
     for i in range(len(chi2)):
         one = _take(control, np.array([i]))
-        chi2[i] = refine(one, match(one, prior), iterations=settings.iterations, backend="cpu").chi2[0]
+        found = refine(one, match(one, prior), iterations=settings.iterations, backend="cpu")
+        chi2[i], floor[i] = found.chi2[0], found.floor[0]
         tick("baselines", i + 1, len(chi2))
-    return {**pairs, "chi2": _pair(chi2)}
+    return {**pairs, "chi2": _pair(chi2), "chi2_over_floor": _pair(chi2 / floor), "flux_least": (float(_flux(photons).min()), 0.0)}
 
 
 def _mask_baselines(photons: Photons, classes: Classes, prior: Prior) -> Pairs:
