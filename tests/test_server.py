@@ -50,7 +50,7 @@ def unpack(picture: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def test_a_picture_holds_the_frame_the_classes_and_the_object_as_bytes() -> None:
     page = LivePage(small_prior())
-    page.write([shown(6), shown(7)])
+    page.write([shown(6), replace(shown(7), chi2_floor=float("nan"))])
     picture = page.picture()
     assert picture is not None
     header, images = unpack(picture)
