@@ -281,7 +281,7 @@ def test_drift_shows_in_the_truth_and_in_the_frames() -> None:
 
 
 def test_every_bundled_scenario_builds_and_does_not_saturate() -> None:
-    assert {"bragg", "bragg_beam_stop", "drift", "gold_balls"} <= set(bundled())
+    assert {"bragg", "bragg_beam_stop", "crystals", "drift", "gold_balls"} <= set(bundled())
     for name in bundled():
         one = twin(name)
         counts, truth = one.frame(len(one) // 2), one.truth(len(one) // 2)
@@ -302,7 +302,7 @@ def test_every_setting_says_what_it_means() -> None:
         ({"drift.steps": [{"frame": 1, "flx": 2}]}, r"drift\.steps\.0\.flx: unknown key; did you mean flux\?"),
         ({"zzzz": 1}, r"zzzz: unknown key; known here: name, seed, frames"),
         ({"frames": 0}, r"frames: Input should be greater than or equal to 1 \(found 0\)"),
-        ({"sample.kind": "bone"}, r"sample: .*'bragg', 'gold_balls'"),
+        ({"sample.kind": "bone"}, r"sample: .*'bragg', 'crystals', 'gold_balls'"),
         ({"seed.deep": 1}, r"change seed\.deep: seed is no section"),
     ],
 )

@@ -8,6 +8,7 @@ two-dimensional exit wave is psi(x, y) = sum over z of rho(x, y, z) exp(i Q u) e
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ Array = npt.NDArray[np.floating[Any]]
 _LEAST_OVERSAMPLING = 2.0
 """Below it neighbouring pixels of a frame no longer determine its phases (Sayre 1952)."""
 
-_TRUNCATION = 2 / np.sqrt(3) * 0.95
+TRUNCATION = 2 / np.sqrt(3) * 0.95
 """Distance of the {100} facets over that of the {111}: Wulff's for gold is near 1.15, a little less makes them visible."""
 
 
@@ -78,8 +79,9 @@ def _crystal(
     """rho exp(i Q u) on a grid (rows, columns, z) of these steps in metres, just large enough; peak is |Q| in 1/m."""
     normals, heights, extent_m = polyhedron
     halves = [int(np.ceil(extent / 2 / step)) + 1 for extent, step in zip(extent_m, steps, strict=True)]
-    density = _coverage([np.arange(-half, half + 1) * step for half, step in zip(halves, steps, strict=True)], normals, heights)
-    displacement = settings.displacement_rms_nm * 1e-9 * _displacement(density, steps, settings.correlation_nm * 1e-9, rng)
+    density = coverage([np.arange(-half, half + 1) * step for half, step in zip(halves, steps, strict=True)], normals, heights)
+    sigmas = [settings.correlation_nm * 1e-9 / step for step in steps]
+    displacement = settings.displacement_rms_nm * 1e-9 * smooth_field(density, sigmas, rng)
     return np.asarray(density * np.exp(1j * peak * displacement))
 
 
@@ -87,7 +89,7 @@ def _polyhedron(settings: CrystalSettings, rng: np.random.Generator) -> tuple[Ar
     """Facets of a randomly turned crystal: normals (F, 3) in (row, column, z), heights (F,) metres, extent (3,) metres, box centred."""
     octahedron = np.array(list(itertools.product((-1, 1), repeat=3))) / np.sqrt(3)
     cube = np.concatenate([np.eye(3), -np.eye(3)])
-    heights = np.concatenate([np.ones(8), np.full(6, _TRUNCATION)]) * settings.size_nm * 1e-9 / 2
+    heights = np.concatenate([np.ones(8), np.full(6, TRUNCATION)]) * settings.size_nm * 1e-9 / 2
     heights *= 1 + settings.facet_spread * rng.uniform(-1, 1, heights.size)
     normals = Rotation.from_quat(rng.normal(size=4)).apply(np.concatenate([octahedron, cube]))
     corners = HalfspaceIntersection(np.column_stack([normals, -heights]), np.zeros(3)).intersections
@@ -95,7 +97,7 @@ def _polyhedron(settings: CrystalSettings, rng: np.random.Generator) -> tuple[Ar
     return normals, heights - normals @ middle, np.ptp(corners, axis=0)
 
 
-def _coverage(axes: list[Array], normals: Array, heights: Array) -> Array:
+def coverage(axes: list[Array], normals: Array, heights: Array) -> Array:
     """How much of each voxel lies inside the crystal, 0..1: a hard edge would send streaks around the frame's border (aliasing)."""
     rows, columns, depth = np.meshgrid(*axes, indexing="ij", sparse=True)
     steps = np.array([axis[1] - axis[0] for axis in axes])
@@ -106,9 +108,9 @@ def _coverage(axes: list[Array], normals: Array, heights: Array) -> Array:
     return np.clip(inside, 0, 1)
 
 
-def _displacement(density: Array, steps: tuple[float, float, float], correlation_m: float, rng: np.random.Generator) -> Array:
-    """Smooth random field of unit rms in the crystal, without the mean and the slopes, which would only move the peak."""
-    field = gaussian_filter(rng.normal(size=density.shape), [correlation_m / step for step in steps])
+def smooth_field(density: Array, sigmas: Sequence[float], rng: np.random.Generator) -> Array:
+    """Smooth random field of unit rms in the crystal, without the mean and the slopes, which would only move the peak; sigmas in voxels."""
+    field = gaussian_filter(rng.normal(size=density.shape), sigmas)
     inside = density > 0.5
     places = np.argwhere(inside) - np.array(density.shape) // 2
     plane = np.column_stack([np.ones(len(places)), places])

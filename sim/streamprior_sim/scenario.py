@@ -42,6 +42,19 @@ class CrystalSettings(BaseModel):
     """Turn of the crystal from the first frame to the last, degrees, the peak in its middle; 0 stays on the peak."""
 
 
+class CollectionSettings(BaseModel):
+    """Crystals of seven morphologies, another one on every frame (kind crystals); `streamprior_sim.crystals` says how they are made."""
+
+    model_config = _FROZEN
+
+    kind: Literal["crystals"]
+    """Bragg coherent diffraction of many crystals, each at the top of its rocking curve."""
+    seed: int | None = Field(default=None, ge=0)
+    """The collection's own seed; the scenario's where absent. Another seed is another collection."""
+    first: int = Field(default=0, ge=0)
+    """Number of the crystal on frame 0; frame i shows crystal first + i, so that two runs of one collection need not share a crystal."""
+
+
 class GoldBallSettings(BaseModel):
     """Ptychography of gold balls on a membrane (kind gold_balls)."""
 
@@ -150,10 +163,10 @@ class Scenario(BaseModel):
     rate_hz: float = Field(gt=0)
     """Frames a second on the wire."""
     dose_photons: float = Field(gt=0)
-    """bragg: photons of the brightest frame; gold_balls: photons of a frame with an empty beam. Both without drift or beam stop."""
+    """bragg: photons of the brightest frame; crystals: of every frame; gold_balls: of an empty beam. All without drift or stop."""
     energy_ev: float = Field(gt=0)
     """Photon energy, electronvolts."""
-    sample: Annotated[CrystalSettings | GoldBallSettings, Field(discriminator="kind")]
+    sample: Annotated[CrystalSettings | CollectionSettings | GoldBallSettings, Field(discriminator="kind")]
     """What scatters; its `kind` says which experiment this is."""
     detector: DetectorSettings = DetectorSettings()
     """The detector and its faults."""
@@ -164,6 +177,7 @@ class Scenario(BaseModel):
 # Which model holds the keys below a name in an error's location.
 _SECTIONS: Mapping[str | int, type[BaseModel]] = {
     "bragg": CrystalSettings,
+    "crystals": CollectionSettings,
     "gold_balls": GoldBallSettings,
     "detector": DetectorSettings,
     "drift": DriftSettings,
@@ -231,7 +245,7 @@ def _validated(tree: dict[str, Any], where: str) -> Scenario:
 
 def _sentence(where: str, error: Any) -> str:
     location = error["loc"]
-    key = ".".join(str(part) for part in location if part not in ("bragg", "gold_balls"))
+    key = ".".join(str(part) for part in location if part not in ("bragg", "crystals", "gold_balls"))
     if error["type"] != "extra_forbidden":
         return f"{where}: {key or 'scenario'}: {error['msg']} (found {error['input']!r})"
     model: type[BaseModel] = Scenario

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from streamprior.errors import ConfigError
 from streamprior.records import Detector
 from streamprior_sim.bragg import RockingCurve
+from streamprior_sim.crystals import Collection, collection_of
 from streamprior_sim.detector import expose, make_sensor
 from streamprior_sim.gold_balls import Scan, scan_of
 from streamprior_sim.optics import intensity, ramp
-from streamprior_sim.scenario import CrystalSettings, Scenario
+from streamprior_sim.scenario import CollectionSettings, CrystalSettings, Scenario
 
 _HOT_BLOCK_PX = 4
 
@@ -34,6 +35,7 @@ class Truth:
     centre : (row, column) of the beam or peak on the detector, pixels. flux : relative to the scenario's dose.
     valid : (H, W) bool, False on every pixel that is dead, hot, in a gap or behind the beam stop, known to the detector or not.
         A pixel that saturates shows it by the dtype's maximum.
+    morphology : what the frame shows, by name; None but for a collection of crystals.
     """
 
     object: npt.NDArray[np.complex64]
@@ -42,6 +44,7 @@ class Truth:
     centre: tuple[float, float]
     flux: float
     valid: npt.NDArray[np.bool_]
+    morphology: str | None = None
 
 
 class Recording(Protocol):
@@ -68,8 +71,7 @@ class Twin:
         self.scenario = scenario
         self._sensor = make_sensor(scenario)
         _check_blocks(scenario)
-        sample = scenario.sample
-        self._source = RockingCurve(scenario, sample) if isinstance(sample, CrystalSettings) else scan_of(scenario, sample)
+        self._source = _source_of(scenario)
 
     def __len__(self) -> int:
         return self.scenario.frames
@@ -95,6 +97,7 @@ class Twin:
             centre=(height // 2 + shift[0], width // 2 + shift[1]),
             flux=flux,
             valid=~(self._sensor.unusable | self._hot_blocks(index)),
+            morphology=self._source.morphology(index) if isinstance(self._source, Collection) else None,
         )
 
     def position(self, index: int) -> tuple[float, float] | None:
@@ -198,6 +201,13 @@ class Prerendered:
 def build(scenario: Scenario) -> Twin:
     """Make the sample and the detector of a scenario. Raises ConfigError, naming the key, where they do not fit together."""
     return Twin(scenario)
+
+
+def _source_of(scenario: Scenario) -> RockingCurve | Collection | Scan:
+    sample = scenario.sample
+    if isinstance(sample, CrystalSettings):
+        return RockingCurve(scenario, sample)
+    return collection_of(scenario, sample) if isinstance(sample, CollectionSettings) else scan_of(scenario, sample)
 
 
 def _check_blocks(scenario: Scenario) -> None:
