@@ -128,6 +128,67 @@ def open_recording(file: str | os.PathLike[str], frames: str = ":") -> Recording
     return _chosen(recording, frames)
 
 
+@dataclass(frozen=True)
+class Recordings:
+    """Several recordings as one, for training: their chosen frames, one file after another.
+
+    geometry : of the first file, with the pixels masked that any of them masks.
+    """
+
+    members: tuple[Recording, ...]
+    geometry: Detector
+
+    @property
+    def name(self) -> str:
+        return ", ".join(one.name for one in self.members)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), *self.members[0].shape[1:]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.members))
+
+    def __getitem__(self, i: int) -> npt.NDArray[Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"frame {i} of {len(self)}")
+        for one in self.members:
+            if i < len(one):
+                break
+            i -= len(one)
+        return one[i]
+
+
+def open_recordings(files: Sequence[str | os.PathLike[str]], frames: str = ":") -> Recordings:
+    """Open several recorded runs of one detector.
+
+    Parameters
+    ----------
+    files : as `open_recording` takes them, at least one.
+    frames : a Python slice, applied to each file.
+
+    Raises
+    ------
+    ConfigError
+        As `open_recording`; or two files have frames of different shapes, or one is named twice.
+    """
+    parts = tuple(open_recording(file, frames) for file in files)
+    for i, (file, part) in enumerate(zip(files, parts, strict=True)):
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise ConfigError(
+                f"{parts[0].path} has frames of {_size(parts[0])}, {part.path} of {_size(part)}: one prior is for one detector"
+            )
+        if file in files[:i]:
+            raise ConfigError(f"{file}: named twice; its frames would count double")
+    masks = [part.geometry.mask for part in parts if part.geometry.mask is not None]
+    mask = np.logical_or.reduce(masks) if masks else None
+    return Recordings(parts, replace(parts[0].geometry, mask=mask))
+
+
+def _size(recording: Recording) -> str:
+    return f"{recording.shape[1]} x {recording.shape[2]}"
+
+
 class FileSource:
     """The source that is a file: records come out as fast as the path takes them, and the daemon ends with the last one."""
 
