@@ -122,6 +122,12 @@ def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike = C64) -> npt.NDArray[A
     return raw[offset : offset + nbytes].view(wanted).reshape(shape)
 
 
+def far_field(psi: npt.NDArray[np.complex64]) -> npt.NDArray[np.complex64]:
+    """(B, ...) centred objects -> their centred far fields, by the unitary FFT of each; for what is not done frame by frame."""
+    axes = tuple(range(1, psi.ndim))
+    return np.asarray(scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(psi, axes), axes=axes, norm="ortho", workers=1), axes))
+
+
 def corner_order(shape: tuple[int, ...]) -> npt.NDArray[np.intp]:
     """Flat indices that take a centred array to FFT order: `array.ravel()[corner_order(shape)]` is its ifftshift, flat."""
     return np.fft.ifftshift(np.arange(math.prod(shape), dtype=np.intp).reshape(shape)).ravel()

@@ -12,7 +12,7 @@ import numpy as np
 
 from streamprior.mailbox import Mailbox
 from streamprior.prior import Prior
-from streamprior.records import Batch, Flag, Frame, Result, RunEnded, RunStarted
+from streamprior.records import FLAT, Batch, Flag, Frame, Result, RunEnded, RunStarted
 from streamprior.seams import PathItem, Stage, StageFactory, Timing
 
 
@@ -53,6 +53,7 @@ def results_of(batch: Batch, prior: Prior) -> list[Result]:
     unknown = np.full((rows.stop - rows.start, columns.stop - columns.start), complex("nan+nanj"), np.complex64)
     results = []
     for i, frame in enumerate(batch.frames):
+        unit = int(start.unit[i, found.kept[i]]) if start is not None and found is not None else FLAT
         results.append(
             Result(
                 run=batch.run.uid,
@@ -70,18 +71,14 @@ def results_of(batch: Batch, prior: Prior) -> list[Result]:
                 chi2_floor=float(found.floor[i]) if found is not None else float("nan"),
                 r_factor=float(found.r_factor[i]) if found is not None else float("nan"),
                 free_llk=float(found.free_llk[i]) if found is not None else float("nan"),
-                unit=int(start.unit[i, 0]) if start is not None else -1,
+                unit=unit,
                 distance=float(start.distance[i, 0]) if start is not None else float("nan"),
-                arm=_arm(int(start.unit[i, 0])) if start is not None else "none",
+                arm="none" if found is None else "flat" if unit == FLAT else "prototype",
                 flags=int(photons.flags[i]) | (int(found.flags[i]) if found is not None else int(Flag.NOT_REFINED)),
                 clock=batch.clock,
             )
         )
     return results
-
-
-def _arm(unit: int) -> str:
-    return "flat" if unit < 0 else "prototype"
 
 
 class Crew(Protocol):

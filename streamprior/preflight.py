@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from starlette.applications import Starlette
 
 from streamprior.config import Config, HttpSettings, state_folder, tiled_api_key
-from streamprior.errors import ConfigError, SinkUnavailable
+from streamprior.errors import ConfigError, PriorError, SinkUnavailable
 from streamprior.prior import load_prior
 from streamprior.server import HttpServer
 from streamprior.sinks.archive import claim
@@ -19,7 +19,7 @@ from streamprior.sinks.tiled_api import probe
 from streamprior.sources.files import open_recording
 from streamprior.sources.zmq import ZmqPull
 from streamprior.stages.prepare import load_corrections
-from streamprior.stages.schedule import parse_schedule
+from streamprior.stages.recipe import plan_of
 
 _LEAST_FREE_BYTES = 10 * 2**30
 """10 GiB hold about 100,000 frames of 128 x 128 with objects of 64 x 64."""
@@ -71,11 +71,14 @@ def _corrections(config: Config) -> str:
 def _refine(config: Config) -> str:
     if not config.refine.enabled:
         return "off: masks and drift only"
+    plan = plan_of(config.refine)
     try:
-        schedule = parse_schedule(config.refine.schedule or config.refine.iterations)
-    except ValueError as error:
-        raise ConfigError(f"refine.schedule: {error}") from None
-    return f"{schedule}: {schedule.iterations} iterations, {schedule.ffts} FFTs a frame"
+        library = load_prior(config.prior).library
+    except PriorError:  # one fault, and the look at the prior has told of it
+        return f"{plan.schedule}; what is tried before it, the prior would tell"
+    arms = 1 + (0 if library is None else min(config.refine.candidates, len(library.psi)))
+    tried = f"{arms - 1} of {len(library.psi)} prototypes and a flat start" if library is not None and arms > 1 else "a flat start alone"
+    return f"{tried}, at most {plan.iterations(arms)} iterations, {plan.ffts(arms)} FFTs a frame: {plan.schedule}"
 
 
 def _source(config: Config) -> str:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from streamprior.errors import PriorError
 
 FORMAT = "streamprior-prior"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 FEATURES = (
     "intensity",
@@ -50,6 +50,30 @@ class Geometry:
 
 
 @dataclass(frozen=True, eq=False)
+class Library:
+    """Complex prototypes: objects solved on Set 1, each brought to one canonical frame. N training frames, U prototypes, C cells.
+
+    psi : (U, H, W) or (U, D, H, W) complex64, centred, sum |psi|^2 = 1; its own shape is that of the prepared frames or volumes.
+    support : (U, ...) bool, where the object was found. control : (...) bool, where any of them may be: the support of a flat start.
+    place : (U, 2) int32, row and column of its unit on the frame SOM. members : (U,) int32, training frames that it stands for.
+    coherence : (U,) float32, |<psi>| / <|psi|> of its members after alignment; 1 for a single one.
+    patterns : (N, C) float32, sqrt of the training frames' counts in cells of `cell` pixels a side. unit : (N,) int32, prototype of each.
+    gate : percentile of the training frames' distances to their nearest prototype but their own; a frame beyond it is strange.
+    """
+
+    psi: npt.NDArray[np.complex64]
+    support: npt.NDArray[np.bool_]
+    control: npt.NDArray[np.bool_]
+    place: npt.NDArray[np.int32]
+    members: npt.NDArray[np.int32]
+    coherence: npt.NDArray[np.float32]
+    patterns: npt.NDArray[np.float32]
+    unit: npt.NDArray[np.int32]
+    cell: int
+    gate: float
+
+
+@dataclass(frozen=True, eq=False)
 class Prior:
     """Frozen knowledge. Arrays are read-only; `content_hash` covers every field but `provenance`.
 
@@ -62,11 +86,13 @@ class Prior:
     class_names : K names for people.
     reference : (H, W) uint8, class map of the mean training frame; background of every IoU.
 
-    Retrieval: support : (H, W) bool, centred. invalid : (H, W) bool, pixels found unusable in training (prepared frame).
+    Retrieval: support : (H, W) bool, centred, of the flat start. invalid : (H, W) bool, pixels found unusable in training (prepared frame).
+    library : the complex prototypes; None in a prior of pixel classes alone.
 
     baselines : name -> (mean, standard deviation) on the training frames: flux, chi2, chi2_over_floor, class_distance, centre_row,
         centre_column, ...; flux_least holds the faintest training frame's flux, below which masks and chi2 are not judged.
-    training : what a person needs to overrule the choices: elbow curve, silhouettes, SOM codebook, explained variance (arrays).
+    training : what a person needs to overrule the choices: elbow curve, silhouettes, SOM codebook, explained variance (arrays);
+        frame_hashes (N, 8) uint8, the frames it was grown on.
     provenance : where it came from (files, frames, settings, version, time); not part of the hash.
     """
 
@@ -80,15 +106,22 @@ class Prior:
     reference: npt.NDArray[np.uint8]
     support: npt.NDArray[np.bool_]
     invalid: npt.NDArray[np.bool_]
+    library: Library | None = None
     baselines: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     training: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     content_hash: str = ""
 
     @property
+    def background(self) -> int | None:
+        """Class id of the background; None in a prior that names none."""
+        return self.class_names.index("background") if "background" in self.class_names else None
+
+    @property
     def object_box(self) -> tuple[slice, slice]:
-        """Rows and columns that every stored object is cropped to: the support's bounding box, 4 pixels wider on each side."""
-        rows, columns = np.nonzero(self.support)
+        """Rows and columns that every stored object is cropped to: the bounding box of all supports, 4 pixels wider on each side."""
+        inside = self.support if self.library is None else self.support | self.library.support.any(0)
+        rows, columns = np.nonzero(inside)
         if rows.size == 0:
             return slice(0, self.support.shape[0]), slice(0, self.support.shape[1])
         height, width = self.support.shape
@@ -99,16 +132,25 @@ class Prior:
 
 
 _ARRAYS = ("feature_mean", "feature_scale", "pca_components", "centroids", "reference", "support", "invalid")
+_LIBRARY = ("psi", "support", "control", "place", "members", "coherence", "patterns", "unit")
 
 
 def freeze(prior: Prior) -> Prior:
     """The same prior with its content hash filled in and its arrays read-only."""
     arrays: dict[str, Any] = {name: np.ascontiguousarray(getattr(prior, name)) for name in _ARRAYS}
     training = {name: np.ascontiguousarray(prior.training[name]) for name in sorted(prior.training)}
-    for array in (*arrays.values(), *training.values()):
+    library = prior.library
+    if library is not None:
+        stored: dict[str, Any] = {name: np.ascontiguousarray(getattr(library, name)) for name in _LIBRARY}
+        library = replace(library, **stored)
+    for array in (*arrays.values(), *training.values(), *_arrays_of(library).values()):
         array.flags.writeable = False
-    frozen = replace(prior, training=training, **arrays)
+    frozen = replace(prior, training=training, library=library, **arrays)
     return replace(frozen, content_hash=_content_hash(frozen))
+
+
+def _arrays_of(library: Library | None) -> dict[str, npt.NDArray[Any]]:
+    return {} if library is None else {f"library/{name}": getattr(library, name) for name in _LIBRARY}
 
 
 def _content_hash(prior: Prior) -> str:
@@ -118,9 +160,11 @@ def _content_hash(prior: Prior) -> str:
         "normaliser": float(prior.normaliser),
         "class_names": prior.class_names,
         "baselines": {name: prior.baselines[name] for name in sorted(prior.baselines)},
+        "library": None if prior.library is None else [int(prior.library.cell), float(prior.library.gate)],
     }
     digest.update(json.dumps(plain, sort_keys=True).encode())
-    named = {name: getattr(prior, name) for name in _ARRAYS} | {f"training/{name}": array for name, array in prior.training.items()}
+    named = {name: getattr(prior, name) for name in _ARRAYS} | _arrays_of(prior.library)
+    named |= {f"training/{name}": array for name, array in prior.training.items()}
     for name in sorted(named):
         array = np.ascontiguousarray(named[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
@@ -157,6 +201,12 @@ def _write(frozen: Prior, path: Path) -> None:
             file.create_dataset(name, data=getattr(frozen, name))
         for name, array in frozen.training.items():
             file.create_dataset(f"training/{name}", data=array)
+        if frozen.library is not None:
+            for name, array in _arrays_of(frozen.library).items():
+                # Mostly zeros outside the supports.
+                file.create_dataset(name, data=array, compression="gzip", compression_opts=1)
+            file["library"].attrs["cell"] = frozen.library.cell
+            file["library"].attrs["gate"] = frozen.library.gate
 
 
 def load_prior(path: str | os.PathLike[str]) -> Prior:
@@ -202,7 +252,26 @@ def _read(file: h5py.File, path: str | os.PathLike[str]) -> Prior:
         normaliser=float(file.attrs["normaliser"]),
         class_names=tuple(json.loads(file.attrs["class_names"])),
         baselines={name: (mean, deviation) for name, (mean, deviation) in json.loads(file.attrs["baselines"]).items()},
+        library=_read_library(file),
         training={name: dataset[()] for name, dataset in file.get("training", {}).items()},
         provenance=json.loads(file.attrs["provenance"]),
         **{name: file[name][()] for name in _ARRAYS},
     )
+
+
+def _read_library(file: h5py.File) -> Library | None:
+    if "library" not in file:
+        return None
+    group = file["library"]
+    return Library(**{name: group[name][()] for name in _LIBRARY}, cell=int(group.attrs["cell"]), gate=float(group.attrs["gate"]))
+
+
+HASH_BYTES = 8
+"""Two of a million different frames share 8 bytes of their digest with a chance of 3e-8."""
+
+
+def frame_hashes(counts: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """(B, 8) uint8: first bytes of blake2b over each prepared frame (little-endian float32), by which an evaluation finds leaks."""
+    frames = np.ascontiguousarray(counts, np.dtype("<f4"))
+    digests = [hashlib.blake2b(frame.tobytes(), digest_size=HASH_BYTES).digest() for frame in frames]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(len(frames), HASH_BYTES)

@@ -22,6 +22,7 @@ class Flag(enum.IntFlag):
     SATURATED = 4  # pixels at the dtype's maximum (or the detector's saturation value) that the static mask does not hold
     NO_SUPPORT = 8  # the support is empty: nothing to reconstruct, the object is zero
     NOT_REFINED = 16  # refinement was skipped on purpose (settings or overload); the mask is complete
+    ABSTAINED = 32  # no prototype is near this frame: it was refined from a flat start, as without a library
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +121,14 @@ class Photons:
         stencils meet no cliff; `valid` says which they are.
     valid : (H, W) bool; (B, H, W) where a frame of the batch has bad pixels of its own.
     flags : (B,) uint32 of `Flag`.
+    known : (H, W) bool, `valid` as far as it holds for every frame of the run: what can be worked out once for a run is worked out for
+        these pixels. None where it is not told; then the frames at hand say it.
     """
 
     counts: npt.NDArray[np.float32]
     valid: npt.NDArray[np.bool_]
     flags: npt.NDArray[np.uint32]
+    known: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +143,17 @@ class Classes:
     distance: npt.NDArray[np.float32]
 
 
+FLAT, UNUSED = -1, -2
+"""Numbers in `Start.unit` that are no prototype."""
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where refinement begins, k candidates a frame.
+    """Where refinement begins, k candidates a frame: the arms.
 
-    psi : (B, k, H, W) complex64. support : (B, k, H, W) bool. unit : (B, k) int32, -1 for flat in the prior's support.
-    distance : (B, k) float32, from the frame's descriptor to the unit's.
+    psi : (B, k, H, W) complex64. support : (B, k, H, W) bool. unit : (B, k) int32, prototype of the library; FLAT for constant in the
+    control's support; UNUSED for an arm that is not to be tried, its psi zero. distance : (B, k) float32, part of the frame's photons that
+    the modulus of the arm's prototype leaves unexplained, photon noise aside (0..1); NaN without one.
     """
 
     psi: npt.NDArray[np.complex64]
@@ -158,7 +167,8 @@ class Reconstruction:
     """Refined objects; numbers are NaN where they are undefined.
 
     psi : complex64, support : bool, both (B, H, W) or (B, D, H, W). chi2 : (B,) of the returned psi. history : (B, iterations),
-    chi2 after each iteration. floor : (B,), the chi2 that photon noise alone gives. r_factor, free_llk : (B,). flags : (B,) of `Flag`.
+    chi2 after each iteration of the arm that was kept. floor : (B,), the chi2 that photon noise alone gives. r_factor, free_llk : (B,).
+    flags : (B,) of `Flag`. kept : (B,) int32, which arm of the start. trial : (B, k), chi2 of every arm after the trial; empty without one.
     """
 
     psi: npt.NDArray[np.complex64]
@@ -169,6 +179,8 @@ class Reconstruction:
     r_factor: npt.NDArray[np.float32]
     free_llk: npt.NDArray[np.float32]
     flags: npt.NDArray[np.uint32]
+    kept: npt.NDArray[np.int32]
+    trial: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +205,8 @@ class Result:
 
     classes : (H, W) uint8. object : (h, w) complex64, cropped to the prior's object box.
     counts : (H, W) float32, the prepared frame (for the live page; the archive does not keep it).
-    unit, distance, arm : start that was kept, its distance to the frame's descriptor, its name.
+    unit, arm : start that was kept, its prototype's number and its name (prototype, flat, none). distance : of the nearest prototype, kept
+        or not.
     iou : class name -> IoU against the prior's reference mask. iou_previous : the same against the frame before.
     drift : signal name -> value (flux, centre_row, centre_column, ...). score : signal name -> deviation from the prior's baseline
         in its standard deviations. alarms : signals whose alarm is on. All three are filled by the drift stage.

@@ -215,7 +215,7 @@ class _Region:
         valid = self._valid
         if own_valid:
             valid = np.stack([own_valid.get(i, self._valid) for i in range(len(frames))])
-        return Photons(counts, valid, flags)
+        return Photons(counts, valid, flags, self._valid)
 
     def _limit(self, dtype: np.dtype[Any]) -> float:
         """Counts from which a pixel holds no data: the dtype's maximum means "not measured" on every DECTRIS stream."""

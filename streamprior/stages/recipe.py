@@ -17,6 +17,7 @@ from streamprior.stages.drift import DriftWatch, measured_here, signals
 from streamprior.stages.match import Matcher
 from streamprior.stages.prepare import Preparer, load_corrections
 from streamprior.stages.refine import Refiner
+from streamprior.stages.schedule import Plan, Schedule, parse_schedule
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,8 @@ class Recipe:
         )
         if not self.refine.enabled:
             return always
-        try:
-            refiner = Refiner(self.prior, self.refine.schedule or self.refine.iterations, self.refine.weight, self.refine.free_fraction)
-        except ValueError as error:
-            raise ConfigError(f"refine.schedule: {error}") from None
-        return (*always, Matcher(self.prior), refiner)
+        refiner = Refiner(self.prior, plan_of(self.refine), self.refine.weight, self.refine.free_fraction)
+        return (*always, Matcher(self.prior, self.refine.candidates), refiner)
 
     def watches(self) -> Sequence[Watch]:
         return (DriftWatch(self.prior, self.drift.limit, self.drift.patience),)
@@ -74,3 +72,20 @@ class Recipe:
             batch = Batch(run, (Frame("", "", 0, blank, 0.0), Frame("", "", 1, frozen, 0.0)))
             for stage in stages:
                 batch = stage(batch)
+
+
+def plan_of(settings: RefineSettings) -> Plan:
+    """What a frame goes through, out of the settings. Raises ConfigError for a schedule that is none."""
+    plain = settings.iterations
+    return Plan(
+        schedule=_schedule("schedule", settings.schedule if plain is None else plain),
+        trial=settings.trial,
+        alone=_schedule("alone", settings.alone if plain is None else plain),
+    )
+
+
+def _schedule(key: str, text: str | int) -> Schedule:
+    try:
+        return parse_schedule(text)
+    except ValueError as error:
+        raise ConfigError(f"refine.{key}: {error}") from None

@@ -1,4 +1,4 @@
-"""Photons, Start -> Reconstruction: a fixed number of iterations between what was measured and where the object may be."""
+"""Photons, Start -> Reconstruction: a fixed number of iterations between what was measured and where the object may be, best arm kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy.ndimage import gaussian_filter
 
 from streamprior.arrays import FftwPlan, check_backend, corner_order, make_plan
 from streamprior.prior import Prior
-from streamprior.records import Batch, Flag, Photons, Reconstruction, Start
+from streamprior.records import FLAT, UNUSED, Batch, Flag, Photons, Reconstruction, Start
 from streamprior.stages.projections import iterate_fftw, load_counts, load_object, project_modulus, score, store_object, update_object
-from streamprior.stages.schedule import OUTSIDE, Iterate, Schedule, ShrinkWrap, parse_schedule
+from streamprior.stages.schedule import OUTSIDE, Iterate, Plan, Schedule, ShrinkWrap, parse_schedule
 
 F32 = np.float32
 
@@ -37,6 +37,7 @@ def refine(
     valid: npt.NDArray[np.bool_] | None = None,
     weight: float = 0.0,
     backend: str = "auto",
+    trial: int = 10,
 ) -> Reconstruction:
     """Retrieve the phases of each frame by itself, from a given start, in a fixed number of iterations.
 
@@ -47,8 +48,9 @@ def refine(
     ----------
     counts : Photons, or (B, H, W) or (B, D, H, W) real, photons
         Centred: the direct beam (or the Bragg peak) at (H//2, W//2).
-    start : Start with k = 1, or complex like counts
-        The object to begin with, centred, in the scale of the unitary transform: sum |psi|^2 = photons.
+    start : Start, or complex like counts
+        The object to begin with, centred, in the scale of the unitary transform: sum |psi|^2 = photons. Of a Start with several arms each
+        goes through the trial, and the one of lowest chi2 goes on.
     support : bool like counts or like one frame, optional
         Where the object may be non-zero. May be left out with a Start, which has its own.
     iterations : int
@@ -60,14 +62,17 @@ def refine(
     weight : float
         Proximal weight w >= 0: every iteration ends with psi <- (update(psi) + w * start) / (1 + w), which keeps the object near the start.
     backend : {"auto", "cpu", "cuda"}
+    trial : int
+        Iterations of error reduction that every arm gets before the best one is kept, in addition to the schedule; without meaning for a
+        single arm.
 
     Returns
     -------
     Reconstruction
-        psi and support like start; history (B, iterations) is chi2 = sum (|F psi| - m)^2 / sum m^2 over measured pixels, m = sqrt(counts),
-        after each iteration, and chi2 its last column. A frame without photons, without support or with values that are no
-        photon numbers (NaN, infinity, below 0) on measured pixels is flagged EMPTY, NO_SUPPORT or NONFINITE; its chi2 is NaN and its object
-        stays the start (zero without a support).
+        psi and support like counts; history (B, trial and schedule) is chi2 = sum (|F psi| - m)^2 / sum m^2 over measured pixels,
+        m = sqrt(counts), after each iteration, and chi2 its last column. A frame without photons, without support or with values that
+        are no photon numbers (NaN, infinity, below 0) on measured pixels is flagged EMPTY, NO_SUPPORT or NONFINITE; its chi2 is NaN and
+        its object stays the start (zero without a support).
 
     Raises
     ------
@@ -84,29 +89,30 @@ def refine(
     if isinstance(counts, Photons):
         known = known & _map_like("counts.valid", counts.valid, photons)
         flags = counts.flags
-    psi, inside = _object(start, support, photons)
-    return Solver(photons.shape[1:], plan, weight).solve(photons, psi, inside, known, flags)
+    arms = _arms(start, support, photons)
+    several = arms.unit.shape[1] > 1
+    return Solver(photons.shape[1:], Plan(plan, trial if several else 0), weight).solve(photons, arms, known, flags)
 
 
 class Refiner:
     """The stage: owns a solver for the prior's frames; one for each thread.
 
-    schedule : str, or int for so many iterations of error reduction. weight : proximal weight. free_fraction : part of the pixels that is
-    held out and judges the result (free_llk); 0 for none.
+    plan : what every frame goes through. weight : proximal weight. free_fraction : part of the pixels that is held out and judges the
+    result (free_llk); 0 for none.
     """
 
     name = "refine"
 
-    def __init__(self, prior: Prior, schedule: str | int = 50, weight: float = 0.0, free_fraction: float = 0.0) -> None:
-        self._solver = Solver(prior.geometry.shape, parse_schedule(schedule), weight, free_fraction)
+    def __init__(self, prior: Prior, plan: Plan, weight: float = 0.0, free_fraction: float = 0.0) -> None:
+        self._solver = Solver(prior.geometry.shape, plan, weight, free_fraction)
 
     def __call__(self, batch: Batch) -> Batch:
         photons = batch.photons
         if photons is None or batch.start is None:
             raise ValueError("the batch holds no photons or no start: prepare and match come before refine")
-        psi, support = _object(batch.start, None, photons.counts)
+        arms = _arms(batch.start, None, photons.counts)
         valid = _map_like("photons.valid", photons.valid, photons.counts)
-        return replace(batch, reconstruction=self._solver.solve(photons.counts, psi, support, valid, photons.flags))
+        return replace(batch, reconstruction=self._solver.solve(photons.counts, arms, valid, photons.flags))
 
 
 class Solver:
@@ -116,12 +122,13 @@ class Solver:
     corner): frames are reordered once when they come and objects once when they leave, not in every iteration.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], schedule: Schedule, weight: float = 0.0, free_fraction: float = 0.0, engine: str = "auto"
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], plan: Plan, weight: float = 0.0, free_fraction: float = 0.0, engine: str = "auto") -> None:
         if not 0 <= weight < math.inf:
             raise ValueError(f"weight is {weight}; the proximal weight is a finite number from 0")
-        self._shape, self._schedule, self._weight = shape, schedule, weight
+        if plan.trial < 0:
+            raise ValueError(f"trial is {plan.trial}; an arm is tried for 0 iterations or more")
+        self._shape, self._steps, self._weight = shape, plan, weight
+        self._trial = Schedule((Iterate("ER", plan.trial),) if plan.trial else ())
         self._plan = make_plan(shape, engine)
         size = math.prod(shape)
         self._inverse = F32(1 / size)
@@ -136,84 +143,118 @@ class Solver:
         # In FFT order: sqrt(counts * size), the modulus that an unscaled FFT must have, or -1 where nothing was measured.
         self._target = np.empty(shape, F32)
         self._inside = np.empty(shape, np.bool_)
+        self._area = 0  # of the support as it came
         self._anchor = np.zeros(2 * size, F32)
-        self._errors = np.zeros(schedule.iterations + 1)
+        # The best arm so far, and the misfit before each iteration of the one in hand.
+        self._best, self._best_inside, self._best_anchor = np.empty(shape, np.complex64), np.empty(shape, np.bool_), np.zeros(2 * size, F32)
+        self._errors, self._best_errors = np.zeros(plan.longest + 1), np.zeros(plan.longest + 1)
 
     def solve(
-        self,
-        counts: npt.NDArray[Any],
-        start: npt.NDArray[Any],
-        support: npt.NDArray[np.bool_],
-        valid: npt.NDArray[np.bool_],
-        flags: npt.NDArray[np.uint32] | None,
+        self, counts: npt.NDArray[Any], arms: Start, valid: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint32] | None
     ) -> Reconstruction:
-        """Refine frames: counts, start, support and valid (B, *shape); see `refine`."""
-        result = self._blank(len(counts), flags)
-        for i in range(len(counts)):
+        """Refine frames: counts and valid (B, *shape), arms (B, k, *shape); see `refine`."""
+        number, tried = len(counts), arms.unit.shape[1] if arms.unit.shape[1] > 1 else 0
+        result = self._blank(number, tried, flags)
+        for i in range(number):
             with np.errstate(over="ignore", invalid="ignore"):  # a double too large for a float becomes infinite and is flagged
                 np.copyto(self._counts, counts[i], casting="unsafe")
-                np.copyto(self._start, start[i], casting="unsafe")
             np.copyto(self._valid, valid[i])
-            np.copyto(self._support, support[i])
-            self._refine_one(result, i)
+            self._refine_one(result, i, arms)
             store_object(self._rows, _rows(self._plan.psi), _rows(self._inside), _rows(result.psi[i]), _rows(result.support[i]))
         return result
 
-    def _blank(self, number: int, flags: npt.NDArray[np.uint32] | None) -> Reconstruction:
-        def undefined() -> npt.NDArray[np.float32]:
-            return np.full(number, np.nan, F32)
+    def _blank(self, number: int, tried: int, flags: npt.NDArray[np.uint32] | None) -> Reconstruction:
+        def undefined(*shape: int) -> npt.NDArray[np.float32]:
+            return np.full((number, *shape), np.nan, F32)
 
         return Reconstruction(
             psi=np.empty((number, *self._shape), np.complex64),
             support=np.empty((number, *self._shape), np.bool_),
             chi2=undefined(),
-            history=np.full((number, self._schedule.iterations), np.nan, F32),
+            history=undefined(self._steps.longest),
             floor=undefined(),
             r_factor=undefined(),
             free_llk=undefined(),
             flags=np.zeros(number, np.uint32) if flags is None else flags.astype(np.uint32),
+            kept=np.zeros(number, np.int32),
+            trial=undefined(tried),
         )
 
-    def _refine_one(self, result: Reconstruction, i: int) -> None:
+    def _refine_one(self, result: Reconstruction, i: int, arms: Start) -> None:
         frame = (_rows(self._counts), _rows(self._valid), _rows(self._held_out))
         photons, pixels, found = load_counts(self._rows, *frame, _rows(self._target))
-        area, broken = self._begin()
-        found |= broken
-        if not area:
-            found |= Flag.NO_SUPPORT
-            self._plan.psi[...] = 0
+        power = photons * self._target.size
+        used = np.flatnonzero(arms.unit[i] != UNUSED)
+        alone = len(used) == 1 or bool(found)
+        kept, done, flags = (int(used[0]), 0, self._begin(arms, i, int(used[0]))) if alone else self._best_of(result, i, arms, used, power)
+        found |= flags
         if not found:
-            self._anchor[:] = _flat(self._plan.psi)
-            self._run(area)
+            schedule = self._steps.schedule
+            if alone and self._steps.alone is not None and arms.unit[i, kept] == FLAT:
+                schedule = self._steps.alone
+            done = self._run(schedule, done)
             squares, residual, moduli = score(_flat(self._plan.field), _flat(self._target))
-            self._errors[-1] = squares
-            if not np.isfinite(self._errors).all():  # counts or a start beyond what single precision can square
+            self._errors[done] = squares
+            if not np.isfinite(self._errors[: done + 1]).all():  # counts or a start beyond what single precision can square
                 found |= Flag.NONFINITE
-                self._begin()
+                self._begin(arms, i, kept)
         result.flags[i] |= found
+        result.kept[i] = kept
         if found:
             return
-        result.history[i] = self._errors[1:] / (photons * self._target.size)
-        result.chi2[i] = result.history[i, -1]
+        result.history[i, :done] = self._errors[1 : done + 1] / power
+        result.chi2[i] = result.history[i, done - 1]
         result.floor[i] = pixels / (4 * photons)
         result.r_factor[i] = residual / moduli
         result.free_llk[i] = self._free_likelihood()
 
-    def _begin(self) -> tuple[int, int]:
-        """psi and the support as they came; returns the support's area and what is wrong with the start."""
-        area, flags = load_object(self._rows, _rows(self._start), _rows(self._support), _rows(self._plan.psi), _rows(self._inside))
-        return int(area), int(flags)
+    def _best_of(self, result: Reconstruction, i: int, arms: Start, used: npt.NDArray[np.intp], power: float) -> tuple[int, int, int]:
+        """Try the arms; object, support and history of the best are in hand after it. Returns (arm, iterations done, flags).
 
-    def _run(self, area: int) -> None:
-        """All steps of the schedule on the frame in hand; `_errors[j]` is the misfit before iteration j."""
-        done = 0
-        for step in self._schedule.steps:
+        An arm that cannot begin is left out; where none can, the flags are those of the first.
+        """
+        kept, least, area = int(used[0]), math.inf, 0
+        for arm in used:
+            if self._begin(arms, i, int(arm)):
+                continue
+            done = self._run(self._trial, 0)
+            squares = score(_flat(self._plan.field), _flat(self._target))[0]
+            self._errors[done] = squares
+            result.trial[i, arm] = squares / power
+            if squares < least:
+                kept, least, area = int(arm), squares, self._area
+                self._best[...], self._best_inside[...], self._best_anchor[:] = self._plan.psi, self._inside, self._anchor
+                self._best_errors[: done + 1] = self._errors[: done + 1]
+        if least == math.inf:
+            return kept, 0, self._begin(arms, i, kept)
+        self._area = area
+        self._plan.psi[...], self._inside[...], self._anchor[:] = self._best, self._best_inside, self._best_anchor
+        self._errors[: self._steps.trial + 1] = self._best_errors[: self._steps.trial + 1]
+        return kept, self._steps.trial, 0
+
+    def _begin(self, arms: Start, i: int, arm: int) -> int:
+        """Put one arm of frame i in hand, as it came; returns the flags of what is wrong with it."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(self._start, arms.psi[i, arm], casting="unsafe")
+        np.copyto(self._support, arms.support[i, arm])
+        area, flags = load_object(self._rows, _rows(self._start), _rows(self._support), _rows(self._plan.psi), _rows(self._inside))
+        self._area = int(area)
+        if not area:
+            flags |= Flag.NO_SUPPORT
+            self._plan.psi[...] = 0
+        self._anchor[:] = _flat(self._plan.psi)
+        return int(flags)
+
+    def _run(self, schedule: Schedule, done: int) -> int:
+        """All steps of a schedule on the object in hand; `_errors[j]` is the misfit before iteration j. Returns the iterations done."""
+        for step in schedule.steps:
             if isinstance(step, ShrinkWrap):
-                shrink_wrap(self._plan.psi, step, area, self._inside)
+                shrink_wrap(self._plan.psi, step, self._area, self._inside)
             else:
                 self._iterate(step, self._errors[done : done + step.times])
                 done += step.times
         self._plan.forward()
+        return done
 
     def _iterate(self, step: Iterate, errors: npt.NDArray[np.float64]) -> None:
         plan, rule = self._plan, np.array([*OUTSIDE[step.rule], self._weight], F32)
@@ -291,21 +332,24 @@ def shrink_wrap(psi: npt.NDArray[np.complex64], step: ShrinkWrap, area: int, ins
         np.greater_equal(smooth, np.partition(smooth, psi.size - kept, axis=None)[psi.size - kept], out=inside)
 
 
-def _object(
-    start: Start | npt.NDArray[Any], support: npt.NDArray[np.bool_] | None, counts: npt.NDArray[Any]
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    """psi and support, both (B, *shape) like counts, from either form of a start."""
+def _arms(start: Start | npt.NDArray[Any], support: npt.NDArray[np.bool_] | None, counts: npt.NDArray[Any]) -> Start:
+    """Arms of (B, k, *shape) like counts, from either form of a start."""
     if isinstance(start, Start):
-        if start.psi.ndim != counts.ndim + 1 or start.psi.shape[1] != 1:
-            raise ValueError(f"start.psi has shape {start.psi.shape}; with these counts it is (B, 1, ...): one start a frame")
-        psi, inside = start.psi[:, 0], start.support[:, 0] if support is None else support
-    elif support is None:
+        if start.psi.ndim != counts.ndim + 1 or start.psi.shape[2:] != counts.shape[1:] or len(start.psi) != len(counts):
+            raise ValueError(f"start.psi has shape {start.psi.shape}; with these counts it is (B, k, ...), {counts.shape} with k arms")
+        if not (start.unit != UNUSED).any(1).all():
+            raise ValueError("start.unit leaves a frame without an arm; each needs one that is not UNUSED")
+        if support is None:
+            return start
+        return replace(start, support=np.broadcast_to(_map_like("support", support, counts)[:, None], start.psi.shape))
+    if support is None:
         raise ValueError("the support is missing: only a Start record brings its own")
-    else:
-        psi, inside = np.asarray(start), support
+    psi = np.asarray(start)
     if psi.shape != counts.shape or psi.dtype.kind not in "cf":
         raise ValueError(f"start is {psi.dtype} {psi.shape}; it must be complex and like counts, {counts.shape}")
-    return psi, _map_like("support", inside, counts)
+    inside = _map_like("support", support, counts)
+    unit = np.full((len(psi), 1), FLAT, np.int32)
+    return Start(psi[:, None], inside[:, None], unit, np.full(unit.shape, np.nan, F32))
 
 
 def _map_like(name: str, array: npt.NDArray[np.bool_], counts: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

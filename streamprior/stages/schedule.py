@@ -58,6 +58,34 @@ class Schedule:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is done to a frame: `trial` iterations of error reduction on every arm, the best of them goes on with `schedule`.
+
+    A frame that has a single arm needs no trial. Where that arm is the flat start because no prototype is near (abstention), `alone`
+    takes the place of both; None: the schedule, as for any other single arm.
+    """
+
+    schedule: Schedule
+    trial: int = 0
+    alone: Schedule | None = None
+
+    @property
+    def longest(self) -> int:
+        """Most iterations that any object goes through."""
+        return max(self.trial + self.schedule.iterations, 0 if self.alone is None else self.alone.iterations)
+
+    def iterations(self, arms: int) -> int:
+        """Most iterations a frame of so many arms costs, all arms together."""
+        tried = self.schedule.iterations + (arms * self.trial if arms > 1 else 0)
+        return max(tried, 0 if self.alone is None else self.alone.iterations)
+
+    def ffts(self, arms: int) -> int:
+        """Most transforms a frame of so many arms costs: two an iteration, one for the numbers of every object that is judged."""
+        tried = self.schedule.ffts + (arms * (2 * self.trial + 1) if arms > 1 else 0)
+        return max(tried, 0 if self.alone is None else self.alone.ffts)
+
+
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 _ITERATE = re.compile(r"\s*(?:(\d+)\s*\*\s*)?([A-Za-z]+)\s*")
 _SHRINK = re.compile(rf"\s*SW\s*\(\s*({_NUMBER})\s*(?:,\s*({_NUMBER})\s*)?\)\s*")

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from streamprior.prior import FEATURES, Geometry, Prior, freeze
-from streamprior.records import Classes, Photons
+from streamprior.config import RefineSettings
+from streamprior.prior import FEATURES, Geometry, Prior, frame_hashes, freeze
+from streamprior.records import Classes, Photons, Start
 from streamprior.stages.classify import classify
 from streamprior.stages.drift import mask_numbers
-from streamprior.stages.match import match
+from streamprior.stages.match import Control, Nearest, dark_pixels
 from streamprior.stages.prepare import Corrections, prepare
-from streamprior.stages.refine import refine
-from streamprior.train.classes import grow_classes, sample_pixels
+from streamprior.stages.recipe import plan_of
+from streamprior.stages.refine import Solver
+from streamprior.train.classes import PixelClasses, grow_classes, sample_pixels
+from streamprior.train.describe import class_names, describe_classes
+from streamprior.train.prototypes import gather, solve_library
 from streamprior.train.region import Tick, find_geometry, find_invalid, mean_frame
 from streamprior.train.settings import TrainSettings
-from streamprior.train.support import find_support
+from streamprior.train.solve import SolveSettings, control_of, solve_frames
+from streamprior.train.stability import stability
 
 Pairs = dict[str, tuple[float, float]]
+
+BRIGHTEST = 8
+"""Frames that are solved for the support of the flat start where no library is grown."""
+
+FEWEST = 2
+"""Frames a prior takes: from one frame no class, support or baseline can be found again in another."""
 
 
 def grow_prior(
@@ -32,6 +44,7 @@ def grow_prior(
     progress: Tick | None = None,
     provenance: Mapping[str, Any] | None = None,
     corrections: Corrections | None = None,
+    keep: Path | None = None,
 ) -> Prior:
     """Grow a prior from the frames of a scan.
 
@@ -48,6 +61,8 @@ def grow_prior(
         Kept in the prior beside the settings; not part of its hash.
     corrections : Corrections, optional
         Mask, dark and flat of the detector; pixels of the mask are invalid in the prior.
+    keep : Path, optional
+        Folder in which solved frames are kept, so that training goes on where it was stopped.
 
     Returns
     -------
@@ -57,7 +72,7 @@ def grow_prior(
     Raises
     ------
     ValueError
-        No frames, frames that are not images, a region that does not fit, or not a single photon on a measured pixel.
+        No frames, frames that are not images, a region that does not fit, or fewer than FEWEST frames that hold photons.
     """
     chosen = settings or TrainSettings()
     tick = progress or (lambda stage, done, total: None)
@@ -68,12 +83,11 @@ def grow_prior(
         empty = _with_region(frames, corrected, geometry, chosen, tick)
         photons = _useful(frames, corrected, empty, chosen, tick)
         classified = _with_classes(photons, empty, chosen, tick)
-        brightest = np.argsort(-photons.counts.sum((1, 2)), kind="stable")[: chosen.solved]
-        support = find_support(_take(photons, brightest), chosen.schedule, chosen.seed, tick)
-        grown = replace(classified, support=support)
+        grown = _with_library(photons, classified, chosen, tick, keep)
         baselines = _baselines(photons, grown, chosen, tick)
+        training = {**grown.training, "frame_hashes": frame_hashes(photons.counts)}
     story = {"frames": len(frames), "settings": chosen.model_dump(), **(provenance or {})}
-    return freeze(replace(grown, baselines=baselines, provenance=story))
+    return freeze(replace(grown, baselines=baselines, training=training, provenance=story))
 
 
 def _check_frames(frames: Any, geometry: Geometry | None) -> None:
@@ -94,21 +108,34 @@ def _with_region(frames: Any, corrections: Corrections, geometry: Geometry | Non
     survey = _spread(len(frames), settings.survey)
     region = geometry or find_geometry(mean_frame(frames, survey, corrections.mask, tick), settings.shape, settings.binning)
     b, (height, width) = region.binning, region.shape
-    fine = _empty(replace(region, shape=(height * b, width * b), binning=1))
+    fine = empty_prior(replace(region, shape=(height * b, width * b), binning=1))
     invalid = find_invalid(frames, survey, fine, corrections, tick)
-    return replace(_empty(region), invalid=np.asarray(invalid.reshape(height, b, width, b).any((1, 3))))
+    return replace(empty_prior(region), invalid=np.asarray(invalid.reshape(height, b, width, b).any((1, 3))))
 
 
-def _empty(geometry: Geometry) -> Prior:
+def empty_prior(geometry: Geometry) -> Prior:
+    """A prior that holds a geometry and nothing else yet."""
     nothing = np.zeros(geometry.shape, np.bool_)
     row = np.zeros(len(FEATURES), np.float32)
     return Prior(geometry, 0.0, row, row, row[None, :0], row[None, :0], (), nothing.astype(np.uint8), nothing, nothing)
 
 
+def with_centroids(prior: Prior, grown: PixelClasses, normaliser: float) -> Prior:
+    """The prior with what `classify` needs; names, reference and baselines come later."""
+    return replace(
+        prior,
+        normaliser=normaliser,
+        feature_mean=grown.feature_mean,
+        feature_scale=grown.feature_scale,
+        pca_components=grown.pca_components,
+        centroids=grown.centroids,
+    )
+
+
 def _useful(frames: Any, corrections: Corrections, empty: Prior, settings: TrainSettings, tick: Tick) -> Photons:
     """The prepared frames that teach: bright enough, and evenly spaced among those; valid is (B, H, W).
 
-    Raises ValueError where there is no photon at all.
+    Raises ValueError where they are fewer than FEWEST.
     """
     flux = np.empty(len(frames))
     for i in range(len(frames)):
@@ -118,7 +145,11 @@ def _useful(frames: Any, corrections: Corrections, empty: Prior, settings: Train
     if not flux.any():
         raise ValueError("no frame holds a photon on a measured pixel of the region; check the frames, the mask and the geometry")
     bright = np.flatnonzero((flux > 0) & (flux >= settings.faintest * np.percentile(flux, 95)))
-    taken = bright[_spread(len(bright), settings.frames)]
+    if len(bright) < FEWEST:
+        raise ValueError(
+            f"training needs {FEWEST} frames bright enough to learn from, found {len(bright)} among {len(frames)}: give more of the scan"
+        )
+    taken = bright[_spread(len(bright), max(settings.frames, settings.library))]
     stack = [prepare(np.asarray(frames[int(i)]), empty, corrections.mask, corrections.flat, corrections.dark) for i in taken]
     return Photons(
         counts=np.concatenate([one.counts for one in stack]),
@@ -139,39 +170,73 @@ def _flux(photons: Photons) -> npt.NDArray[np.float64]:
 
 def _with_classes(photons: Photons, empty: Prior, settings: TrainSettings, tick: Tick) -> Prior:
     """The prior with its normaliser, its classes and its reference map."""
+    photons = _take(photons, _spread(len(photons.counts), settings.frames))
     normaliser = float(np.median(_flux(photons)))
     rng = np.random.default_rng(settings.seed)
     tick("classes", 0, 2)
     sample = sample_pixels(photons.counts, photons.valid, normaliser, settings.pixels, rng)
     tick("classes", 1, 2)
-    grown = grow_classes(sample, settings.variance, settings.som_side, settings.som_epochs, settings.classes, settings.seed)
+    grown = grow_classes(sample, settings)
     tick("classes", 2, 2)
-    prior = replace(
-        empty,
-        normaliser=normaliser,
-        feature_mean=grown.feature_mean,
-        feature_scale=grown.feature_scale,
-        pca_components=grown.pca_components,
-        centroids=grown.centroids,
-        class_names=grown.names,
-        training=grown.training,
-    )
+    prior = with_centroids(empty, grown, normaliser)
     mean = photons.counts.mean(0, dtype=np.float64).astype(np.float32)[None]
-    return replace(prior, reference=classify(mean, prior).ids[0])
+    described = describe_classes(classify(photons, prior).ids, photons, normaliser, len(grown.centroids))
+    return replace(
+        prior,
+        class_names=class_names(described),
+        reference=classify(mean, prior).ids[0],
+        training={**grown.training, **described, **stability(photons, grown, normaliser, settings, tick)},
+    )
+
+
+def _with_library(photons: Photons, prior: Prior, settings: TrainSettings, tick: Tick, keep: Path | None) -> Prior:
+    """The prior with its prototypes and the support of the flat start; without a library a few bright frames give the support alone."""
+    if not settings.library:
+        brightest = np.argsort(-photons.counts.sum((1, 2)), kind="stable")[:BRIGHTEST]
+        how = SolveSettings(settings.schedule, 1, settings.polish, 0, settings.seed)
+        return replace(prior, support=control_of(solve_frames(_take(photons, brightest), how, tick, keep).support))
+    chosen = _take(photons, _spread(len(photons.counts), settings.library))
+    solved = solve_library(chosen, settings, tick, keep)
+    library = gather(chosen, solved, settings, tick, dark_pixels(chosen, prior))
+    grown = replace(prior, library=library, support=library.control)
+    # Cropped as the archive crops objects: an evaluation starts from the nearest of them to show what gathering them costs.
+    return replace(grown, training={**prior.training, "solved_psi": solved.psi[(slice(None), *grown.object_box)]})
 
 
 def _baselines(photons: Photons, prior: Prior, settings: TrainSettings, tick: Tick) -> Pairs:
     """Name -> (mean, standard deviation) over the frames that it is defined on."""
-    classes = classify(photons, prior)
-    pairs = {"flux": _pair(_flux(photons)), "class_distance": _pair(classes.distance), **_mask_baselines(photons, classes, prior)}
-    control = _take(photons, _spread(len(photons.counts), settings.control))
-    chi2, floor = np.empty(len(control.counts)), np.empty(len(control.counts))
-    for i in range(len(chi2)):
-        one = _take(control, np.array([i]))
-        found = refine(one, match(one, prior), iterations=settings.iterations, backend="cpu")
-        chi2[i], floor[i] = found.chi2[0], found.floor[0]
-        tick("baselines", i + 1, len(chi2))
-    return {**pairs, "chi2": _pair(chi2), "chi2_over_floor": _pair(chi2 / floor), "flux_least": (float(_flux(photons).min()), 0.0)}
+    few = _take(photons, _spread(len(photons.counts), settings.frames))
+    classes = classify(few, prior)
+    pairs = {"flux": _pair(_flux(few)), "class_distance": _pair(classes.distance), **_mask_baselines(few, classes, prior)}
+    chosen = _spread(len(photons.counts), settings.control)
+    solver = Solver(prior.geometry.shape, plan_of(RefineSettings()))
+    chi2, floor, distance = np.empty((3, len(chosen)))
+    for done, i in enumerate(chosen):
+        one = _take(photons, chosen[done : done + 1])
+        start = _unseen(one, int(i), len(photons.counts), prior, settings)
+        found = solver.solve(one.counts, start, one.valid, None)
+        chi2[done], floor[done], distance[done] = found.chi2[0], found.floor[0], start.distance[0, 0]
+        tick("baselines", done + 1, len(chosen))
+    retrieved = {"chi2": _pair(chi2), "chi2_over_floor": _pair(chi2 / floor), "distance": _pair(distance)}
+    return {**pairs, **retrieved, "flux_least": (float(_flux(photons).min()), 0.0)}
+
+
+def _unseen(one: Photons, i: int, number: int, prior: Prior, settings: TrainSettings) -> Start:
+    """What the daemon would start training frame i of `number` from if it had not been trained on: its own prototype is left out."""
+    control = Control(prior.support).starts(one)
+    library, wanted = prior.library, RefineSettings().candidates
+    if library is None or len(library.psi) < 2:
+        return control
+    near = Nearest(library).starts(one, min(wanted + 1, len(library.psi)), dark_pixels(one, prior))
+    place = np.flatnonzero(_spread(number, settings.library) == i)
+    own = library.unit[place[0]] if place.size else -1
+    others = np.flatnonzero(near.unit[0] != own)[:wanted]
+    return Start(
+        psi=np.concatenate([near.psi[:, others], control.psi], axis=1),
+        support=np.concatenate([near.support[:, others], control.support], axis=1),
+        unit=np.concatenate([near.unit[:, others], control.unit], axis=1),
+        distance=np.concatenate([near.distance[:, others], control.distance], axis=1),
+    )
 
 
 def _mask_baselines(photons: Photons, classes: Classes, prior: Prior) -> Pairs:
