@@ -15,6 +15,7 @@ _WHERE = {
     "match": "streamprior.stages.match",
     "refine": "streamprior.stages.refine",
 }
+_PACKAGES = ("evaluate",)  # not below: to import-linter it would be as if the daemon imported it
 
 if TYPE_CHECKING:
     from streamprior.prior import load_prior as load_prior
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"streamprior.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'streamprior' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
