@@ -32,7 +32,7 @@ BLOCK = 16
 
 
 def run(repeats: int = 3) -> Iterator[dict[str, Any]]:
-    """Refinement on (50 iterations) and off, 128 x 128 uint16, a sender in a process of its own that shares the cores."""
+    """Refinement on (its defaults, from a flat start) and off, 128 x 128 uint16, a sender in a process of its own that shares the cores."""
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         prior = _prior()

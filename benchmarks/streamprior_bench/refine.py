@@ -16,8 +16,9 @@ import scipy.fft
 
 from streamprior.arrays import FftwPlan, make_plan
 from streamprior.jit import call, kernel
+from streamprior.records import FLAT, Start
 from streamprior.stages.refine import Solver
-from streamprior.stages.schedule import parse_schedule
+from streamprior.stages.schedule import Plan, parse_schedule
 from streamprior_bench.measure import interleaved
 
 ITERATIONS = 50
@@ -36,10 +37,10 @@ def run(repeats: int = 5) -> Iterator[dict[str, Any]]:
 
 def _one_frame(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     frames = _frames(shape, 1)
-    solver = Solver(shape, parse_schedule(ITERATIONS))
+    solver = Solver(shape, Plan(parse_schedule(ITERATIONS)))
     floor = _floor(shape)
     seconds = interleaved(
-        {"ours": lambda: solver.solve(*frames, None), "floor": floor, "scipy": lambda: _scipy_er(*(a[0] for a in frames[:3]))}, repeats
+        {"ours": lambda: solver.solve(*frames, None), "floor": floor, "scipy": lambda: _scipy_er(*_first(*frames[:2]))}, repeats
     )
     ours, alone, scipy_loop = (1e3 * seconds[name] for name in ("ours", "floor", "scipy"))
     return {
@@ -55,7 +56,7 @@ def _one_frame(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
 
 def _threads(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     frames = _frames(shape, FRAMES_A_THREAD)
-    solvers = [Solver(shape, parse_schedule(ITERATIONS)) for _ in range(2)]
+    solvers = [Solver(shape, Plan(parse_schedule(ITERATIONS))) for _ in range(2)]
 
     def both() -> None:
         threads = [threading.Thread(target=solver.solve, args=(*frames, None)) for solver in solvers]
@@ -73,8 +74,8 @@ def _threads(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     }
 
 
-def _frames(shape: tuple[int, ...], number: int) -> tuple[Array, Array, Array, Array]:
-    """counts, start, support, valid of a made crystal."""
+def _frames(shape: tuple[int, ...], number: int) -> tuple[Array, Start, Array]:
+    """counts, a flat start, valid of a made crystal."""
     rng = np.random.default_rng(0)
     support = np.zeros(shape, np.bool_)
     support[tuple(slice(n // 2 - n // 6, n // 2 + n // 6) for n in shape)] = True
@@ -82,7 +83,14 @@ def _frames(shape: tuple[int, ...], number: int) -> tuple[Array, Array, Array, A
     axes = tuple(range(1, psi.ndim))
     field = scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(psi, axes), axes=axes, norm="ortho"), axes)
     counts = rng.poisson(10 * np.abs(field) ** 2).astype(np.float32)
-    return counts, (3 * support + 0j * counts).astype(np.complex64), np.repeat(support[None], number, 0), np.ones(counts.shape, np.bool_)
+    flat = np.repeat((3 * support).astype(np.complex64)[None, None], number, 0)
+    unit, distance = np.full((number, 1), FLAT, np.int32), np.full((number, 1), np.nan, np.float32)
+    return counts, Start(flat, np.broadcast_to(support, flat.shape), unit, distance), np.ones(counts.shape, np.bool_)
+
+
+def _first(counts: Array, start: Start) -> tuple[Array, Array, Array]:
+    """counts, start and support of the first frame."""
+    return counts[0], start.psi[0, 0], start.support[0, 0]
 
 
 def _floor(shape: tuple[int, ...]) -> Callable[[], object]:

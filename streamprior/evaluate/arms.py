@@ -183,7 +183,7 @@ class _Bench:
         """Random starts in the autocorrelation's support, the better kept: nothing from the prior."""
         plan = Plan(parse_schedule(TrainSettings().schedule))
         counts = np.where(self.valid, self._photons.counts, np.float32(0))
-        support = np.stack([autocorrelation_support(one) for one in counts])
+        support = np.stack([autocorrelation_support(one) for one in self._photons.counts])
         axes = tuple(range(1, counts.ndim))
         level = np.sqrt(counts.sum(axes, keepdims=True) / np.maximum(support.sum(axes, keepdims=True), 1))
         rng, best = np.random.default_rng(2), None

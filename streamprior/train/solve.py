@@ -168,7 +168,7 @@ def _digest(runner: _Runner, i: int, settings: SolveSettings) -> str:
 def _solve(runner: _Runner, i: int, settings: SolveSettings, seed: int) -> One:
     """The best of the random starts of frame i. Its random numbers are its own: they depend on no other frame, nor on the threads."""
     rng = np.random.default_rng(seed)
-    support = autocorrelation_support(runner.counts(i))
+    support = autocorrelation_support(runner.photons.counts[i])
     best: One | None = None
     for _ in range(settings.starts):
         phases = np.exp(2j * np.pi * rng.random(support.shape))
@@ -198,7 +198,7 @@ def _neighbours(photons: Photons, solved: Solved, number: int) -> npt.NDArray[np
     """(N, number) the other frames whose objects' moduli are nearest to each frame."""
     nearest = Nearest(plain_library(photons, solved))
     wanted = min(number + 1, len(solved.psi))
-    units = nearest.starts(photons, wanted).unit
+    units, _, _ = nearest.order(photons, wanted)
     return np.stack([row[row != i][: wanted - 1] for i, row in enumerate(units)])
 
 
@@ -269,7 +269,11 @@ def _centred(psi: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def autocorrelation_support(counts: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Where the autocorrelation of the object, the transform of its counts, exceeds AUTOCORRELATION of its maximum."""
+    """Where the autocorrelation of the object, the transform of its counts, exceeds AUTOCORRELATION of its maximum.
+
+    Prepared counts, whose unmeasured pixels hold their nearest measured neighbour: zeros behind a beam stop take the low frequencies away,
+    and the support comes out too large (full solve of crystals behind a stop of 3 px: object error 0.43 with zeros, 0.24 with neighbours).
+    """
     autocorrelation = np.abs(fftshift(ifftn(ifftshift(counts))))
     inside = autocorrelation > AUTOCORRELATION * autocorrelation.max()
     area = np.count_nonzero(inside)
