@@ -7,8 +7,8 @@ import fcntl
 import math
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ C64 = np.complex64
 # serves. Beyond 64^3 it would take minutes, and transforms that no longer fit the cache gain little from it.
 _MEASURE = 0
 _PATIENT = 1 << 5
+_ESTIMATE = 1 << 6
 _PATIENT_UP_TO = 64**3  # elements
 _WISDOM_ONLY = 1 << 21
 _FORWARD, _BACKWARD = -1, 1
@@ -51,17 +52,22 @@ def make_plan(shape: tuple[int, ...], engine: str = "auto") -> FftwPlan | ScipyP
     Parameters
     ----------
     shape : (H, W) or (D, H, W)
-    engine : {"auto", "fftw", "scipy"}
-        auto is FFTW where pyFFTW is installed (the extra `fftw`), else scipy.fft, which is slower and rounds differently.
+    engine : {"auto", "fftw", "scipy", "repeatable"}
+        auto is FFTW where pyFFTW is installed (the extra `fftw`), else scipy.fft, which is slower and rounds differently. repeatable is the
+        same choice, but FFTW plans by rule and not by timing: the same bits whatever wisdom is kept, and a few parts in ten slower.
 
     Raises
     ------
     ConfigError
         FFTW was asked for and is not there, or the state folder cannot keep its wisdom.
     """
-    if engine == "scipy" or (engine == "auto" and _fftw() is None):
+    if engine == "scipy" or (engine in ("auto", "repeatable") and _fftw() is None):
         return ScipyPlan(shape)
-    return FftwPlan(shape)
+    return FftwPlan(shape, _by_rule if engine == "repeatable" else None)
+
+
+Planner = Callable[[ctypes.CDLL], AbstractContextManager[Any]]
+"""library -> context that gives plan(source, target, sign) -> address."""
 
 
 class FftwPlan:
@@ -74,13 +80,13 @@ class FftwPlan:
 
     engine = "fftw"
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], planner: Planner | None = None) -> None:
         library = _fftw()
         if library is None:
             raise ConfigError("FFTW is not installed; install the extra: pip install 'streamprior[fftw]'")
         self.psi, self.field = aligned(shape), aligned(shape)
         self._run = library.fftwf_execute
-        with _planner(library) as plan:
+        with (planner or _planner)(library) as plan:
             self.forward_plan = plan(self.psi, self.field, _FORWARD)
             self.backward_plan = plan(self.field, self.field, _BACKWARD)
         self.execute = _address(library.fftwf_execute)
@@ -166,6 +172,25 @@ def _address(function: Any) -> int:
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None
     return address
+
+
+@contextmanager
+def _by_rule(library: ctypes.CDLL) -> Iterator[Any]:
+    """Hand out a planning function that depends on the shape alone.
+
+    FFTW estimates costs instead of timing them, but takes a timed plan where wisdom holds one: so wisdom is forgotten first. It is read
+    again from its file when the next timed plan is made.
+    """
+
+    def plan(source: npt.NDArray[np.complex64], target: npt.NDArray[np.complex64], sign: int) -> int:
+        library.fftwf_forget_wisdom()
+        lengths = (ctypes.c_int * source.ndim)(*source.shape)
+        return int(library.fftwf_plan_dft(source.ndim, lengths, source.ctypes.data, target.ctypes.data, sign, _ESTIMATE))
+
+    with _PLANNER:
+        if hasattr(library, "fftwf_plan_with_nthreads"):
+            library.fftwf_plan_with_nthreads(1)
+        yield plan
 
 
 @contextmanager

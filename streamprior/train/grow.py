@@ -209,11 +209,13 @@ def _baselines(photons: Photons, prior: Prior, settings: TrainSettings, tick: Ti
     classes = classify(few, prior)
     pairs = {"flux": _pair(_flux(few)), "class_distance": _pair(classes.distance), **_mask_baselines(few, classes, prior)}
     chosen = _spread(len(photons.counts), settings.control)
-    solver = Solver(prior.geometry.shape, plan_of(RefineSettings()))
+    solver = Solver(prior.geometry.shape, plan_of(RefineSettings()), engine="repeatable")
+    nearest = None if prior.library is None or len(prior.library.psi) < 2 else Nearest(prior.library)
     chi2, floor, distance = np.empty((3, len(chosen)))
     for done, i in enumerate(chosen):
         one = _take(photons, chosen[done : done + 1])
-        start = _unseen(one, int(i), len(photons.counts), prior, settings)
+        own = np.flatnonzero(_spread(len(photons.counts), settings.library) == i)
+        start = _unseen(one, own, prior, nearest)
         found = solver.solve(one.counts, start, one.valid, None)
         chi2[done], floor[done], distance[done] = found.chi2[0], found.floor[0], start.distance[0, 0]
         tick("baselines", done + 1, len(chosen))
@@ -221,16 +223,17 @@ def _baselines(photons: Photons, prior: Prior, settings: TrainSettings, tick: Ti
     return {**pairs, **retrieved, "flux_least": (float(_flux(photons).min()), 0.0)}
 
 
-def _unseen(one: Photons, i: int, number: int, prior: Prior, settings: TrainSettings) -> Start:
-    """What the daemon would start training frame i of `number` from if it had not been trained on: its own prototype is left out."""
+def _unseen(one: Photons, own: npt.NDArray[np.intp], prior: Prior, nearest: Nearest | None) -> Start:
+    """What the daemon would start a training frame from if it had not been trained on: its own prototype is left out.
+
+    own : its place among the frames of the library; empty where it is none of them.
+    """
     control = Control(prior.support).starts(one)
     library, wanted = prior.library, RefineSettings().candidates
-    if library is None or len(library.psi) < 2:
+    if library is None or nearest is None:
         return control
-    near = Nearest(library).starts(one, min(wanted + 1, len(library.psi)), dark_pixels(one, prior))
-    place = np.flatnonzero(_spread(number, settings.library) == i)
-    own = library.unit[place[0]] if place.size else -1
-    others = np.flatnonzero(near.unit[0] != own)[:wanted]
+    near = nearest.starts(one, min(wanted + 1, len(library.psi)), dark_pixels(one, prior))
+    others = np.flatnonzero(~np.isin(near.unit[0], library.unit[own]))[:wanted]
     return Start(
         psi=np.concatenate([near.psi[:, others], control.psi], axis=1),
         support=np.concatenate([near.support[:, others], control.support], axis=1),

@@ -113,7 +113,7 @@ class _Runner:
     def run(self, i: int, psi: npt.NDArray[np.complex64], support: npt.NDArray[np.bool_]) -> One:
         """One run on frame i; psi at any scale."""
         if not hasattr(self._mine, "solver"):
-            self._mine.solver = Solver(self.photons.counts.shape[1:], self._plan)
+            self._mine.solver = Solver(self.photons.counts.shape[1:], self._plan, engine="repeatable")
         counts = self.counts(i)[None]
         scale = np.sqrt(counts.sum(dtype=np.float64) / max(float(np.sum(np.abs(psi) ** 2)), np.finfo(np.float32).tiny))
         one = Start(
