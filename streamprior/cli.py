@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -17,7 +18,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from streamprior import __version__
 from streamprior.errors import ConfigError, SinkUnavailable
@@ -38,11 +39,26 @@ Report = Callable[[str, int, int], None]
 """(what, done, total): how long work says where it stands."""
 
 
+_EXTRAS = {
+    "matplotlib": "evaluate",
+    "skimage": "evaluate",
+    "minisom": "train",
+    "sklearn": "train",
+    "kneed": "train",
+    "threadpoolctl": "train",
+}
+"""Module -> the extra that brings it."""
+
+
 @contextmanager
 def faults() -> Iterator[None]:
     """The operator's mistakes end with a sentence and exit code 2, not with a traceback."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        _fail(f"this needs {error.name}, which is not installed: pip install 'streamprior[{_EXTRAS[error.name]}]'")
     except (ConfigError, SinkUnavailable) as error:
         err.print("[bold red]error:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
@@ -99,14 +115,17 @@ def _grow_from_twin(scenario: str, path: Path) -> None:
     """The demo's prior: grown on every fourth frame of the twin's scan without its drift, as last month's quiet scan would be."""
     from streamprior.prior import save_prior
     from streamprior.train.grow import grow_prior
+    from streamprior.train.settings import TrainSettings
 
     twin = _twin(scenario, {"drift": {}})
+    # Somebody waits to see something: a third of the time that the whole library takes.
+    quick = TrainSettings(library=48, starts=3)
     with progress() as report:
         frames = []
         for i in range(0, len(twin), 4):
             frames.append(twin.frame(i))
             report("rendering", i + 4, len(twin))
-        prior = grow_prior(np.stack(frames), progress=report, provenance={"twin": scenario, "frames": "0::4"})
+        prior = grow_prior(np.stack(frames), settings=quick, progress=report, provenance={"twin": scenario, "frames": "0::4"})
     save_prior(prior, path)
 
 
@@ -234,48 +253,68 @@ def _send(recording: Any, to: str, rate: float, what: str) -> None:
 def train(
     files: Annotated[list[str], typer.Argument(help="Recorded frames: CXI, NeXus/HDF5 (FILE::/path/in/file), .npy, folder of TIFFs.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the prior goes.")] = Path("prior.h5"),
-    frames: FramesOption = ":",
-    classes: Annotated[int | None, typer.Option(min=2, max=32, help="Number of classes (default: the elbow decides).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and SOM: the same seed, input and settings give the same prior.")] = 0,
+    frames: Annotated[str, typer.Option(help="Python slice of the frames of each file, for example 0::2.")] = ":",
+    classes: Annotated[
+        int | None, typer.Option(min=2, max=32, help="Number of classes (default: three, unless the frames clearly show more).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and SOM: the same seed, input and settings give the same prior.")] = 0,
     mask: Annotated[
         Path | None, typer.Option(help="True where a pixel is unusable, beside the file's own mask: .npy or FILE::/dataset.")
     ] = None,
     dark: Annotated[Path | None, typer.Option(help="Counts to subtract: .npy or FILE::/dataset; give the daemon the same.")] = None,
+    library: Annotated[
+        int | None, typer.Option(min=0, help="Most frames that are solved for the library of prototypes; 0 grows none (default: 512).")
+    ] = None,
+    starts: Annotated[int | None, typer.Option(min=1, help="Random starts of each frame's solve, the best one kept (default: 8).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a prior that is there.")] = False,
 ) -> None:
     """Grow a prior from recorded frames, without labels, and freeze it.
+
+    Solved frames are kept in OUTPUT.solving until the prior is written: the same command goes on where an interrupted one was.
 
     Example: streamprior train scan.cxi --frames 0::2 -o prior.h5
     """
     with faults():
         from streamprior.config import PrepareSettings
-        from streamprior.prior import save_prior
-        from streamprior.sources.files import open_recording
+        from streamprior.sources.files import open_recordings
         from streamprior.stages.prepare import load_corrections, merged
-        from streamprior.train.grow import grow_prior
         from streamprior.train.settings import TrainSettings
 
-        if len(files) != 1:
-            raise ConfigError("training on several files comes with a later version; give one file, or one folder of TIFFs")
-        recording = open_recording(files[0], frames)
+        recording = open_recordings(files, frames)
         shape = (recording.shape[1], recording.shape[2])
         _refuse_unwritable(output)
+        if output.exists() and not force:
+            raise ConfigError(f"{output}: is there already; name another file with -o, or replace it with --force")
+        told = {"classes": classes, "seed": seed, "library": library, "starts": starts}
+        settings = TrainSettings.model_validate({name: value for name, value in told.items() if value is not None})
+        story = {"files": [one.name for one in recording.members], "frames": frames, "version": __version__}
+        corrections = merged(load_corrections(PrepareSettings(mask=mask, dark=dark), shape), recording.geometry, shape)
         started = time.monotonic()
-        with progress() as report:
-            try:
-                grown = grow_prior(
-                    recording,
-                    settings=TrainSettings(classes=classes, seed=seed),
-                    progress=report,
-                    provenance={"file": recording.path.name, "frames": frames, "version": __version__},
-                    corrections=merged(load_corrections(PrepareSettings(mask=mask, dark=dark), shape), recording.geometry, shape),
-                )
-            except ValueError as error:
-                raise ConfigError(f"{files[0]}: {error}") from error
-        try:
-            prior = save_prior(grown, output)
-        except OSError as error:
-            raise ConfigError(f"{output}: cannot be written ({error.strerror}); name a file in a folder that can") from error
+        prior = _grow(recording, settings, story, corrections, output)
     _print_prior(prior, output, time.monotonic() - started)
+
+
+def _grow(recording: Any, settings: Any, story: dict[str, Any], corrections: Any, output: Path) -> Any:
+    """Grow the prior and write it; what was solved lies beside it until then."""
+    from streamprior.prior import save_prior
+    from streamprior.train.grow import grow_prior
+
+    keep = output.with_name(f"{output.name}.solving")
+    before = len(list(keep.glob("*.h5")))
+    if before:
+        err.print(f"{before} frames solved before lie in {keep}; those solved with these settings are taken over", highlight=False)
+    with progress() as report:
+        try:
+            grown = grow_prior(recording, settings=settings, progress=report, provenance=story, corrections=corrections, keep=keep)
+        except ValueError as error:
+            raise ConfigError(f"{recording.name}: {error}") from error
+    try:
+        prior = save_prior(grown, output)
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); name a file in a folder that can") from error
+    if keep.exists():
+        shutil.rmtree(keep)
+    return prior
 
 
 def _refuse_unwritable(file: Path) -> None:
@@ -284,6 +323,76 @@ def _refuse_unwritable(file: Path) -> None:
         raise ConfigError(f"{file}: is a folder; name a file in it")
     if not os.access(file.parent, os.W_OK):
         raise ConfigError(f"{file}: {file.parent} is no folder that can be written to; make it first, or name another")
+
+
+@app.command()
+def evaluate(
+    prior: Annotated[Path, typer.Argument(help="Prior that `streamprior train` wrote.")],
+    file: Annotated[str, typer.Argument(help="Recorded frames that the prior never saw: CXI, HDF5 (FILE::/path/in/file), .npy, TIFFs.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of report.html, report.json and pictures/.")] = Path("report"),
+    frames: FramesOption = ":",
+    most: Annotated[int, typer.Option(min=1, help="Frames that are judged, evenly spaced over those that are bright enough.")] = 200,
+    swap: Annotated[bool, typer.Option("--swap", help="Also the other direction: grow on these frames, judge on the prior's.")] = False,
+) -> None:
+    """Error analysis on frames the prior never saw: every baseline that could beat it, in numbers and pictures.
+
+    Example: streamprior evaluate prior.h5 scan.cxi --frames 1::2 -o report
+    """
+    with faults():
+        from streamprior.evaluate.report import write_report
+        from streamprior.evaluate.study import choose, study, swapped, title_of
+        from streamprior.prior import load_prior
+        from streamprior.sources.files import open_recording
+
+        first = load_prior(prior)
+        _refuse_no_folder(output)
+        with progress() as report:
+            recording = open_recording(file, frames)
+            directions = [(first, recording, title_of(first, recording, frames))]
+            if swap:
+                directions.append(swapped(first, file, frames, report))
+            comparisons = [study(one, choose(one, shown, most, report), title, report) for one, shown, title in directions]
+            written = write_report(output, first, comparisons, {"file": recording.name, "frames": frames, "most": most}, progress=report)
+    _print_comparisons(written)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of an archived run.")],
+    frames: Annotated[str, typer.Option(help="Python slice or index of the run's frames, for example 812 or 0::10.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder that the frames go into.")] = Path("handoff"),
+    form: Annotated[str, typer.Option("--format", help="cohere (a folder a frame) or cxi (a file a frame, as PyNX reads it).")] = "cohere",
+    data: Annotated[str | None, typer.Option(help="Recorded frames of the run: their counts go along. Needs --prior.")] = None,
+    prior: Annotated[Path | None, typer.Option(help="The run's prior: says how the recorded frames were cropped.")] = None,
+) -> None:
+    """Hand objects and supports of a run to offline phasing, as the start of cohere or PyNX.
+
+    Example: streamprior export archive/20260102-030405-0a1b2c3d --frames 812 --format cxi -o handoff
+    """
+    if form not in ("cohere", "cxi"):
+        raise typer.BadParameter(f"{form!r}: choose cohere or cxi", param_hint="--format")
+    if (data is None) != (prior is None):
+        raise typer.BadParameter("give --data and --prior together, or neither", param_hint="--data / --prior")
+    with faults():
+        from streamprior.evaluate.handoff import hand_over
+
+        _refuse_no_folder(output)
+        measured = (data, prior) if data is not None and prior is not None else None
+        with progress() as report:
+            written = hand_over(run, frames, output, form, measured, report)
+    out.print(f"{written} frames in [bold]{output}[/]", highlight=False, soft_wrap=True)
+    if form == "cohere":
+        words = f'in cohere\'s config_rec: init_guess = "continue", continue_dir = "{output.absolute()}/frame-..."'
+    else:
+        words = "PyNX: data=FILE object=FILE support=FILE auto_center_resize=False"
+    out.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse_no_folder(folder: Path) -> None:
+    """Said before the work, not after it."""
+    nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"{folder}: {nearest} is no folder that can be written to; name another")
 
 
 @app.command()
@@ -316,28 +425,36 @@ def ledger(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="classify, refine, path or all.")] = "all",
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="Timed: classify, refine, path, or all of them. Studies: crystals, measured, morphology, reuse, or prior for all."
+        ),
+    ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line each instead of a table.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of each measurement.")] = 5,
 ) -> None:
-    """The benchmarks: ours beside the limit and beside what one would take instead, as ratios within one run.
+    """The benchmarks: ours beside the limit and beside what one would take instead, as ratios within one run; and the studies of the prior.
 
     Example: streamprior bench refine --json
     """
-    from streamprior_bench import BENCHMARKS, machine
+    from streamprior_bench import BENCHMARKS, STUDIES, machine
 
-    if what != "all" and what not in BENCHMARKS:
-        raise typer.BadParameter(f"{what!r}: choose from {', '.join(BENCHMARKS)}, all", param_hint="what")
+    known = {**BENCHMARKS, **STUDIES}
+    chosen = {"all": tuple(BENCHMARKS), "prior": tuple(STUDIES)}.get(what, (what,))
+    if chosen[0] not in known:
+        raise typer.BadParameter(f"{what!r}: choose from {', '.join(known)}, all, prior", param_hint="what")
     if as_json:
         print(json.dumps({"machine": machine()}), flush=True)  # noqa: T201 - exact lines, without a console's wrapping
-    for name in BENCHMARKS if what == "all" else (what,):
-        rows = []
-        for row in BENCHMARKS[name](repeats=repeats):
-            rows.append(row)
-            if as_json:
-                print(json.dumps({"benchmark": name, **row}), flush=True)  # noqa: T201
-        if not as_json:
-            _print_rows(name, rows)
+    with faults():
+        for name in chosen:
+            rows = []
+            for row in known[name](repeats=repeats):
+                rows.append(row)
+                if as_json:
+                    print(json.dumps({"benchmark": name, **row}), flush=True)  # noqa: T201
+            if not as_json:
+                _print_rows(name, rows)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
@@ -381,11 +498,58 @@ def _print_prior(prior: Any, path: Path, seconds: float) -> None:
         f" around {geometry.centre}, support of {int(prior.support.sum())} pixels",
         highlight=False,
     )
-    table = Table("class", "share of pixels", "mean radius, px", "mean photons")
-    radius, photons = prior.training["class_mean_radius"], prior.training["class_mean_intensity"]
+    known = prior.training
+    table = Table("class", "share of pixels", "radius, px", "mean photons")
     for k, name in enumerate(prior.class_names):
-        table.add_row(name, f"{prior.baselines[f'fraction_{name}'][0]:.3f}", f"{radius[k]:.1f}", f"{photons[k]:.2f}")
+        radius = f"{known['class_mean_radius'][k]:.1f} +- {known['class_std_radius'][k]:.1f}"
+        table.add_row(name, f"{known['class_share'][k]:.3f}", radius, f"{known['class_mean_intensity'][k]:.2f}")
     out.print(table)
+    seeds, halves = known["stability_seeds"], known["stability_frames"]
+    out.print(
+        f"classes found again (adjusted Rand index): {seeds.mean():.2f} with other seeds (least {seeds.min():.2f}), "
+        f"{halves.mean():.2f} in the other half of the frames (least {halves.min():.2f})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(
+        f"map of {len(known['som_codebook'])} units: quantisation error {known['quantization_error'].item():.2f}, "
+        f"topographic error {known['topographic_error'].item():.3f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _print_library(prior.library)
+
+
+def _print_library(library: Any) -> None:
+    from streamprior.train.prototypes import summary
+
+    if library is None:
+        out.print("no library of prototypes: every frame starts flat in the support")
+        return
+    told = summary(library)
+    out.print(
+        f"library of {told['prototypes']} prototypes ({told['means']} of them means of several frames) from {told['frames']} frames; "
+        f"a frame that is further from all of them than {library.gate:g} % of these frames are from another's prototype starts flat",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_comparisons(page: Path) -> None:
+    """The summary of each comparison, with what went wrong beneath it; a leak is red."""
+    from streamprior.evaluate.page import shown
+
+    columns = {"iterations": "iter.", "chi2": "chi2", "chi2_over_floor": "/floor", "free_llk": "free", "error": "error", "error_p75": "p75"}
+    columns |= {"near_full_at_50": "near @50", "near_full": "@end", "abstained": "abst."}
+    for one in json.loads(page.with_name("report.json").read_text())["comparisons"]:
+        title = f"{one['title']}: {len(one['frames'])} frames; object error against the {one['reference_is']}"
+        table = Table(Column("arm", no_wrap=True), *columns.values(), title=title, title_justify="left")
+        for row in one["summary"]:
+            table.add_row(row["arm"], *(shown(row[name]) for name in columns))
+        out.print(table)
+        for note in (*one["findings"], *one["notes"]):
+            out.print(note, markup=False, highlight=False, soft_wrap=True, style="bold red" if note.startswith("LEAK") else None)
+    out.print(f"[bold]{page}[/]", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from streamprior.errors import WireError
-from streamprior.records import Result
+from streamprior.records import Flag, Result
 
 DROP_REASONS = (
     ("receive", "queue_full"),
@@ -20,6 +20,9 @@ DROP_REASONS = (
     ("archive", "unavailable"),
     ("path", "shutdown"),
 )
+
+ARMS = ("prototype", "flat", "none")
+"""Starts that a result may have come from; none: it was not refined."""
 
 # From a tenth of a millisecond (one fused kernel) to the minute that a stuck disk may take; seconds.
 _BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
@@ -47,7 +50,11 @@ class Meters:
         iou = Gauge("mask_iou", "Intersection over union of the newest mask.", ["class", "reference"], **ns)
         self._iou = {(name, reference): iou.labels(name, reference) for name in classes for reference in ("prior", "previous")}
         self._chi2 = Gauge("chi2", "chi2 of the newest reconstruction.", **ns)
-        self._prior_distance = Gauge("prior_distance", "Mean quantisation distance of the newest frame, PCA units.", **ns)
+        self._class_distance = Gauge("class_distance", "Mean quantisation distance of the newest frame, PCA units.", **ns)
+        self._prior_distance = Gauge("prior_distance", "Part of the newest frame that its nearest prototype leaves unexplained.", **ns)
+        kept = Counter("arm_kept_total", "Frames by the start that was kept; none: not refined.", ["arm"], **ns)
+        self._kept = {arm: kept.labels(arm) for arm in ARMS}
+        self._abstained = Counter("frames_abstained_total", "Frames that no prototype was near to.", **ns)
         score = Gauge("drift_score", "Deviation from the prior's baseline, in its standard deviations.", ["signal"], **ns)
         self._score = {signal: score.labels(signal) for signal in signals}
         alarm = Gauge("drift_alarm", "1 while the drift score is beyond its limit.", ["signal"], **ns)
@@ -81,7 +88,10 @@ class Meters:
         self._stage[name].observe(seconds)
 
     def thought(self, result: Result) -> None:
-        """Latency of a frame's mask and reconstruction, from the detector's time stamp where there is a believable one."""
+        """A frame's start, and the latency of mask and reconstruction from the detector's time stamp where there is a believable one."""
+        self._kept[result.arm].inc()
+        if result.flags & Flag.ABSTAINED:
+            self._abstained.inc()
         clock = dict(result.clock)
         for output, stage in (("mask", "classify"), ("reconstruction", "refine")):
             if stage in clock:
@@ -94,7 +104,8 @@ class Meters:
     def newest(self, result: Result) -> None:
         """The newest frame's numbers; drift scores in standard deviations of the prior's baseline."""
         self._chi2.set(result.chi2)
-        self._prior_distance.set(result.class_distance)
+        self._class_distance.set(result.class_distance)
+        self._prior_distance.set(result.distance)
         for reference, values in (("prior", result.iou), ("previous", result.iou_previous)):
             for name, value in values.items():
                 self._iou[name, reference].set(value)

@@ -30,7 +30,7 @@ from streamprior.wire.dectris_v2 import StreamV2Decoder
 from tests.builders import diffraction, small_prior
 from tests.test_daemon import free_port
 
-COMMANDS = ("demo", "run", "check", "replay", "twin", "train", "ledger", "bench")
+COMMANDS = ("demo", "run", "check", "replay", "twin", "train", "evaluate", "export", "ledger", "bench")
 
 
 def streamprior(*words: object) -> Result:
@@ -73,7 +73,7 @@ def test_the_version_is_printed() -> None:
         (("twin", "bragg", "--to", "tcp://127.0.0.1:1", "--save", "x.cxi"), "either"),
         (("twin", "bragg", "--save", "no/such/folder/x.cxi"), "make it first"),
         (("train", "missing.cxi"), "no such file"),
-        (("train", "a.cxi", "b.cxi"), "one file"),
+        (("train", "a.cxi", "b.cxi"), "a.cxi: no such file"),
         (("train", "a.cxi", "--classes", "1"), "--classes"),
         (("bench", "nothing"), "choose from classify, refine"),
         (("demo", "--frames", "2"), "--frames"),
@@ -112,10 +112,45 @@ def test_a_prior_is_trained_on_a_small_file(tmp_path: Path) -> None:
     prior = load_prior(tmp_path / "prior.h5")
     assert prior.content_hash in said.output
     assert len(prior.class_names) == 3
-    assert prior.provenance["file"] == "scan.npy"
+    assert prior.provenance["files"] == ["scan.npy"]
     assert prior.provenance["frames"] == "0::2"
     for name in prior.class_names:
         assert name in said.output
+    assert prior.library is not None
+    assert f"library of {len(prior.library.psi)} prototypes" in said.output
+    assert f"from {len(prior.library.unit)} frames" in said.output
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["prior.h5", "scan.npy"]
+
+
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamprior.train import grow
+
+    np.save(tmp_path / "scan.npy", diffraction(count=6))
+    words = ("train", tmp_path / "scan.npy", "--classes", "3", "--starts", "1", "--library", "4")
+    assert streamprior(*words, "-o", tmp_path / "whole.h5").exit_code == 0
+    gather = grow.gather
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grow, "gather", interrupted)
+    assert streamprior(*words, "-o", tmp_path / "prior.h5").exit_code != 0
+    assert not (tmp_path / "prior.h5").exists()
+    assert len(list((tmp_path / "prior.h5.solving").glob("*.h5"))) == 4
+    monkeypatch.setattr(grow, "gather", gather)
+    said = streamprior(*words, "-o", tmp_path / "prior.h5")
+    assert said.exit_code == 0, said.output
+    assert "4 frames solved before" in said.output
+    assert not (tmp_path / "prior.h5.solving").exists()
+    assert load_prior(tmp_path / "prior.h5").content_hash == load_prior(tmp_path / "whole.h5").content_hash
+
+
+def test_a_prior_without_a_library_says_so(tmp_path: Path) -> None:
+    np.save(tmp_path / "scan.npy", diffraction(count=6))
+    said = streamprior("train", tmp_path / "scan.npy", "--classes", "3", "--library", "0", "-o", tmp_path / "prior.h5")
+    assert said.exit_code == 0, said.output
+    assert "no library of prototypes" in said.output
+    assert load_prior(tmp_path / "prior.h5").library is None
 
 
 @pytest.mark.parametrize(

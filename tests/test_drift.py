@@ -174,7 +174,7 @@ def quiet() -> tuple[Any, Prior]:
     still = twin()
     frames = np.stack([still.frame(i) for i in range(40)])
     geometry = Geometry(SHAPE_TWIN, (32, 32), SHAPE_TWIN)
-    return twin, grow_prior(frames, geometry, TrainSettings(classes=3, pixels=10_000, control=1, solved=1, iterations=5))
+    return twin, grow_prior(frames, geometry, TrainSettings(classes=3, pixels=10_000, control=1, library=0, schedule="5*ER"))
 
 
 SHAPE_TWIN = (64, 64)
@@ -232,6 +232,14 @@ def test_chi2_is_judged_by_how_far_above_its_noise_it_lies() -> None:
     assert watch(make_result(chi2=0.1, chi2_floor=1.0)).score["chi2"] == pytest.approx(0)
     assert watch(make_result(chi2=0.4, chi2_floor=4.0)).score["chi2"] == pytest.approx(0)
     assert watch(make_result(chi2=0.1, chi2_floor=0.5)).score["chi2"] == pytest.approx(5)
+
+
+@pytest.mark.parametrize(("baseline", "score"), [((0.1, 0.05), 4.0), ((0.0, 0.0), None), (None, None)])
+def test_the_distance_from_the_prototypes_is_watched_where_the_prior_knows_it(baseline: tuple[float, float] | None, score: Any) -> None:
+    baselines = {"flux": (5.0, 1.0)} | ({} if baseline is None else {"distance": baseline})
+    found = watching(small_prior(baselines=baselines))(make_result(distance=0.3)).score["prior_distance"]
+    assert np.isnan(found) if score is None else found == pytest.approx(score)
+    assert np.isnan(watching(small_prior(baselines=baselines))(make_result()).score["prior_distance"]), "a frame without one"
 
 
 def test_a_frame_fainter_than_any_of_the_training_is_judged_by_its_flux_alone() -> None:

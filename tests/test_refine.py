@@ -23,9 +23,9 @@ import streamprior as sp
 from streamprior import arrays
 from streamprior.config import state_folder
 from streamprior.errors import ConfigError
-from streamprior.records import Batch, Detector, Flag, Photons, Reconstruction, RunStarted, Start
+from streamprior.records import FLAT, UNUSED, Batch, Detector, Flag, Photons, Reconstruction, RunStarted, Start
 from streamprior.stages.refine import Refiner, Solver, free_islands, poisson_llk, shrink_wrap
-from streamprior.stages.schedule import Iterate, Schedule, ShrinkWrap, parse_schedule
+from streamprior.stages.schedule import Iterate, Plan, Schedule, ShrinkWrap, parse_schedule
 from tests import naive_refine as naive
 
 Array = npt.NDArray[Any]
@@ -64,9 +64,15 @@ def simulated(number: int = 2, shape: tuple[int, ...] = (32, 28), seed: int = 0)
     return counts, rough(counts, support), support
 
 
+def single(start: Array, support: Array) -> Start:
+    """The record of one arm a frame."""
+    unit = np.full((len(start), 1), FLAT, np.int32)
+    return Start(start[:, None], np.broadcast_to(support, start.shape)[:, None], unit, np.full(unit.shape, np.nan, np.float32))
+
+
 def same(one: Reconstruction, other: Reconstruction) -> None:
     """Every bit of two reconstructions agrees."""
-    for name in ("psi", "support", "chi2", "history", "floor", "r_factor", "free_llk", "flags"):
+    for name in ("psi", "support", "chi2", "history", "floor", "r_factor", "free_llk", "flags", "kept"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
@@ -245,9 +251,10 @@ def test_two_processes_that_plan_at_the_same_time_give_the_same_bits(tmp_path: P
 def test_the_same_results_come_without_fftw_to_single_precision() -> None:
     counts, start, support = simulated(2)
     valid = np.ones(counts.shape, bool)
-    schedule = parse_schedule("10*ER+5*HIO+SW(1.0)+5*ER")
-    fftw = Solver(support.shape, schedule, engine="fftw").solve(counts, start, np.broadcast_to(support, counts.shape), valid, None)
-    scipy = Solver(support.shape, schedule, engine="scipy").solve(counts, start, np.broadcast_to(support, counts.shape), valid, None)
+    plan = Plan(parse_schedule("10*ER+5*HIO+SW(1.0)+5*ER"))
+    fftw, scipy = (
+        Solver(support.shape, plan, engine=engine).solve(counts, single(start, support), valid, None) for engine in ("fftw", "scipy")
+    )
     np.testing.assert_allclose(scipy.history, fftw.history, rtol=1e-4)
     np.testing.assert_allclose(scipy.psi, fftw.psi, atol=1e-3 * np.abs(fftw.psi).max())
     np.testing.assert_array_equal(scipy.support, fftw.support)
@@ -423,19 +430,23 @@ def test_arguments_that_do_not_fit_are_named(name: str) -> None:
 
 def test_a_start_record_brings_its_own_support() -> None:
     counts, start, support = simulated(2)
-    record = Start(start[:, None], np.repeat(support[None, None], 2, 0), np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32))
+    record = single(start, support)
     expected = sp.refine(counts, start, support)
     same(sp.refine(counts, record), expected)
     same(sp.refine(counts, replace(record, support=record.support & False), support), expected)
-    with pytest.raises(ValueError, match="one start a frame"):
-        sp.refine(counts, replace(record, psi=np.repeat(record.psi, 2, 1)))
+    with pytest.raises(ValueError, match=r"it is \(B, k, ...\)"):
+        sp.refine(counts, replace(record, psi=record.psi[:, :, 1:]))
+    with pytest.raises(ValueError, match=r"it is \(B, k, ...\)"):
+        sp.refine(counts, replace(record, psi=record.psi[:1]))
+    with pytest.raises(ValueError, match="leaves a frame without an arm"):
+        sp.refine(counts, replace(record, unit=np.array([[UNUSED], [0]], np.int32)))
 
 
 def test_the_stage_gives_what_the_function_gives() -> None:
     counts, _, support = simulated(3)
     prior = naive.prior_for(support)
     photons = Photons(counts.astype(np.float32), np.ones(support.shape, bool), np.zeros(3, np.uint32))
-    stage = Refiner(prior, "5*ER+SW(1.5)+5*HIO", weight=0.1)
+    stage = Refiner(prior, Plan(parse_schedule("5*ER+SW(1.5)+5*HIO")), weight=0.1)
     batch = stage(Batch(RUN, (), photons=photons, start=sp.match(photons, prior)))
     assert stage.name == "refine"
     assert batch.reconstruction is not None
@@ -451,12 +462,11 @@ def test_held_out_pixels_judge_an_object_that_never_saw_them() -> None:
     counts, start, support = simulated(2, (64, 64))
     prior = naive.prior_for(support)
     held = free_islands(support.shape, 0.05)
-    stage = Refiner(prior, 30, free_fraction=0.05)
+    stage = Refiner(prior, Plan(parse_schedule(30)), free_fraction=0.05)
 
     def judged(frames: Array) -> Reconstruction:
         photons = Photons(frames.astype(np.float32), np.ones(support.shape, bool), np.zeros(2, np.uint32))
-        record = Start(start[:, None], np.repeat(support[None, None], 2, 0), np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32))
-        result = stage(Batch(RUN, (), photons=photons, start=record)).reconstruction
+        result = stage(Batch(RUN, (), photons=photons, start=single(start, support))).reconstruction
         assert result is not None
         return result
 

@@ -169,6 +169,38 @@ def test_metrics_can_be_parsed_and_hold_zeros(server: Served) -> None:
     assert samples["streamprior_drift_alarm", "flux"] == 0
 
 
+def test_starts_and_abstentions_are_counted_and_the_distance_is_that_of_the_prototype() -> None:
+    meters = Meters("eiger", ["classify"], ["archive"], NAMES, ["flux", "chi2"])
+
+    def scraped() -> dict[tuple[str, ...], float]:
+        families = text_string_to_metric_families(meters.render("text/plain")[0].decode())
+        return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+    assert [scraped()["streamprior_arm_kept_total", arm] for arm in ("prototype", "flat", "none")] == [0, 0, 0]
+    assert scraped()["streamprior_frames_abstained_total",] == 0
+    for result in (shown(arm="prototype", unit=3), shown(arm="prototype"), shown(flags=Flag.ABSTAINED), shown(arm="none")):
+        meters.thought(result)
+    assert [scraped()["streamprior_arm_kept_total", arm] for arm in ("prototype", "flat", "none")] == [2, 1, 1]
+    assert scraped()["streamprior_frames_abstained_total",] == 1
+    meters.newest(replace(shown(distance=0.25, class_distance=1.5), iou={}, score={}))
+    assert scraped()["streamprior_prior_distance",] == 0.25
+    assert scraped()["streamprior_class_distance",] == 1.5
+
+
+def test_the_page_is_told_which_start_was_kept() -> None:
+    page = LivePage(small_prior())
+    for given, told in (
+        ({"arm": "prototype", "unit": 12, "distance": 0.25}, ("prototype", 12, 0.25, False)),
+        ({"flags": Flag.ABSTAINED, "distance": 0.5}, ("flat", -1, 0.5, True)),
+        ({}, ("flat", -1, None, False)),
+    ):
+        page.write([shown(**given)])
+        picture = page.picture()
+        assert picture is not None
+        header, _ = unpack(picture)
+        assert tuple(header[name] for name in ("arm", "unit", "distance", "abstained")) == told
+
+
 def test_the_ledger_answers_for_all_runs_one_run_and_one_frame() -> None:
     served = Served()
     try:

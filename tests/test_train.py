@@ -10,19 +10,24 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import streamprior as sp
+from streamprior.cli import app
 from streamprior.crew import think
+from streamprior.errors import ConfigError
 from streamprior.prior import FEATURES, Geometry, save_prior
+from streamprior.sources.files import open_recordings
 from streamprior.stages.prepare import Corrections
 from streamprior.train import TrainSettings, grow_prior
-from streamprior.train.classes import class_names, grow_classes, sample_pixels
+from streamprior.train.classes import grow_classes, sample_pixels
 from streamprior.train.region import centre_of_mass, find_geometry
-from streamprior.train.support import LARGEST, SMALLEST, find_support
 from tests.builders import diffraction, make_frame, make_recipe, make_run
 
 DATA = "entry_1/instrument_1/detector_1/data"
-QUICK = TrainSettings(pixels=4000, frames=12, solved=2, control=4, schedule="20*HIO+5*ER+SW(2.0)+10*ER")
+QUICK = TrainSettings(
+    pixels=4000, frames=12, library=4, starts=1, neighbours=1, control=4, schedule="20*HIO+5*ER+SW(2.0)+10*ER", polish="5*ER"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def curve(data_folder):
 @pytest.fixture(scope="module")
 def grown(curve):
     calls = []
-    prior = grow_prior(curve, progress=lambda *call: calls.append(call))
+    prior = grow_prior(curve, settings=TrainSettings(starts=2), progress=lambda *call: calls.append(call))
     return prior, calls
 
 
@@ -61,9 +66,7 @@ def test_the_bragg_peak_is_found_and_no_pixel_of_it_is_masked(grown):
 def test_classes_run_from_the_core_to_the_background(grown):
     prior, _ = grown
     radius, intensity = prior.training["class_mean_radius"], prior.training["class_mean_intensity"]
-    assert 3 <= len(prior.centroids) <= 7
-    assert prior.class_names[0] == "core"
-    assert prior.class_names[-1] == "background"
+    assert prior.class_names == ("core", "ring", "background")
     assert np.all(np.diff(np.round(radius)) >= 0)
     assert intensity[0] > 10 * intensity[-1]
     assert prior.reference[64, 64] == 0
@@ -86,6 +89,14 @@ def test_the_prior_holds_what_a_person_needs_to_overrule_it(grown):
     assert prior.feature_scale[FEATURES.index("angle")] == 0
 
 
+def test_the_prior_says_how_well_its_classes_are_found_again(grown):
+    training = grown[0].training
+    assert training["stability_seeds"].shape == training["stability_frames"].shape == (3,)
+    # Measured: 0.91 with other seeds, 0.77 in the other half of thirty useful frames.
+    assert training["stability_seeds"].min() > 0.8
+    assert training["stability_frames"].mean() > 0.6
+
+
 def test_the_other_half_of_the_scan_looks_as_the_baselines_say(grown, data_folder):
     prior, _ = grown
     with h5py.File(data_folder / "bcdi_gold_rocking_curve.cxi") as file:
@@ -102,7 +113,7 @@ def test_the_other_half_of_the_scan_looks_as_the_baselines_say(grown, data_folde
 
 def test_every_baseline_of_a_drift_signal_is_there_and_a_number(grown):
     prior, _ = grown
-    wanted = {"flux", "flux_least", "class_distance", "chi2", "chi2_over_floor", "centre_row", "centre_column"}
+    wanted = {"flux", "flux_least", "class_distance", "distance", "chi2", "chi2_over_floor", "centre_row", "centre_column"}
     wanted |= {f"{what}_{name}" for what in ("fraction", "iou") for name in prior.class_names}
     assert set(prior.baselines) == wanted
     assert np.isfinite(list(prior.baselines.values())).all()
@@ -116,7 +127,10 @@ def test_progress_tells_of_every_part_and_ends_it(grown):
         "pixels",
         "frames",
         "classes",
-        "support",
+        "stability",
+        "solve",
+        "polish",
+        "prototypes",
         "baselines",
     ]
     last = {stage: (done, total) for stage, done, total in calls}
@@ -165,23 +179,11 @@ def test_frames_are_read_one_by_one():
 
 
 def test_the_support_covers_the_crystal_it_never_saw():
-    prior = grow_prior(patterns(), settings=TrainSettings(pixels=4000, solved=4, control=2))
+    prior = grow_prior(patterns(), settings=TrainSettings(pixels=4000, library=4, starts=1, control=2))
     truth = np.roll(crystal() != 0, (4, -3), (0, 1))
     best = max(np.count_nonzero(one & prior.support) for one in (truth, truth[::-1, ::-1]))
     assert best >= 0.9 * np.count_nonzero(truth)
     assert np.count_nonzero(prior.support) < 3.5 * np.count_nonzero(truth)
-
-
-@pytest.mark.parametrize("counts", ["one", "flat", "nothing"])
-def test_the_support_keeps_to_its_bounds_whatever_the_frame(counts):
-    frame = np.zeros((1, 64, 64), np.float32)
-    if counts == "one":
-        frame[0, 32, 32] = 100
-    if counts == "flat":
-        frame += 100
-    photons = sp.prepare(frame, grow_prior(patterns(2, 64), settings=QUICK))
-    support = find_support(photons, QUICK.schedule, 0, lambda *call: None)
-    assert SMALLEST * support.size <= np.count_nonzero(support) <= LARGEST * support.size
 
 
 @pytest.mark.parametrize(
@@ -222,10 +224,11 @@ def test_hot_dead_and_unread_pixels_are_found_and_bright_ones_kept():
 
 
 def test_the_number_of_classes_can_be_told():
-    for number, names in ((2, ("core", "background")), (3, ("core", "ring", "background")), (12, class_names(12))):
+    for number in (2, 3, 12):
         prior = grow_prior(patterns(), settings=QUICK.model_copy(update={"classes": number}))
-        assert prior.class_names == names
-        assert prior.centroids.shape[0] == number
+        assert prior.centroids.shape[0] == len(set(prior.class_names)) == number
+        if number <= 3:
+            assert (prior.class_names[0], prior.class_names[-1]) == ("core", "background")
 
 
 def test_frames_without_signal_teach_nothing():
@@ -245,7 +248,7 @@ def test_rare_core_pixels_are_sampled():
 def test_a_feature_that_is_the_same_everywhere_is_switched_off():
     sample = np.random.default_rng(0).normal(size=(3000, 9)).astype(np.float32)
     sample[:, 4] = 7.0
-    grown = grow_classes(sample, 0.95, 4, 1, 3, 0)
+    grown = grow_classes(sample, TrainSettings(classes=3, som_side=4))
     assert grown.feature_scale[4] == 0
     assert np.isfinite(grown.centroids).all()
 
@@ -253,6 +256,8 @@ def test_a_feature_that_is_the_same_everywhere_is_switched_off():
 def test_what_cannot_be_trained_on_is_refused():
     with pytest.raises(ValueError, match="no frame holds a photon"):
         grow_prior(np.zeros((3, 40, 40), np.uint16), settings=QUICK)
+    with pytest.raises(ValueError, match="needs 2 frames bright enough to learn from, found 1 among 5"):
+        grow_prior(np.concatenate([patterns(1, 40), np.zeros((4, 40, 40), np.uint32)]), settings=QUICK)
     with pytest.raises(ValueError, match=r"\(N, rows, columns\)"):
         grow_prior(np.zeros((40, 40), np.uint16))
     with pytest.raises(ValueError, match=r"\(N, rows, columns\)"):
@@ -291,3 +296,63 @@ def test_a_good_rocking_curve_raises_no_alarm_on_frames_the_prior_never_saw(grow
     frames = [make_frame(counts, i) for i, counts in enumerate(unseen)]
     alarmed = {result.index: result.alarms for result in map(watch, think(recipe.stages(), prior, make_run(), frames)) if result.alarms}
     assert not alarmed
+
+
+def test_several_files_teach_as_one(tmp_path) -> None:
+    frames = patterns(8)
+    for name, part in (("a.npy", frames[:5]), ("b.npy", frames[5:])):
+        np.save(tmp_path / name, part)
+    together = open_recordings([tmp_path / "a.npy", tmp_path / "b.npy"])
+    assert (len(together), together.shape, together.name) == (8, frames.shape, "a.npy, b.npy")
+    assert grow_prior(together, settings=QUICK).content_hash == grow_prior(frames, settings=QUICK).content_hash
+    with pytest.raises(IndexError):
+        together[8]
+
+
+def test_the_slice_is_taken_of_each_file(tmp_path) -> None:
+    frames = patterns(7)
+    for name, part in (("a.npy", frames[:4]), ("b.npy", frames[4:])):
+        np.save(tmp_path / name, part)
+    together = open_recordings([tmp_path / "a.npy", tmp_path / "b.npy"], "1::2")
+    np.testing.assert_array_equal(np.stack([together[i] for i in range(len(together))]), frames[[1, 3, 5]])
+
+
+def test_what_any_file_masks_is_masked(tmp_path) -> None:
+    for k, name in enumerate(("a.cxi", "b.cxi", "c.cxi")):
+        with h5py.File(tmp_path / name, "w") as file:
+            file[DATA] = np.ones((2, 4, 5), np.uint16)
+            if k < 2:
+                file[DATA.replace("data", "mask")] = np.arange(20).reshape(4, 5) == k
+    geometry = open_recordings([tmp_path / name for name in ("a.cxi", "b.cxi", "c.cxi")]).geometry
+    assert np.flatnonzero(geometry.mask).tolist() == [0, 1]
+
+
+def test_files_that_do_not_go_together_are_refused_by_name(tmp_path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((3, 40, 40), np.uint16))
+    np.save(tmp_path / "b.npy", np.ones((3, 40, 48), np.uint16))
+    with pytest.raises(ConfigError, match=r"a\.npy has frames of 40 x 40, .*b\.npy of 40 x 48"):
+        open_recordings([tmp_path / "a.npy", tmp_path / "b.npy"])
+    with pytest.raises(ConfigError, match="named twice"):
+        open_recordings([tmp_path / "a.npy", tmp_path / "a.npy"])
+
+
+def test_the_command_trains_on_several_files_and_replaces_a_prior_only_when_told(tmp_path) -> None:
+    def train(*words):
+        return CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}).invoke(app, ["train", *map(str, words)])
+
+    frames = diffraction((48, 48), count=12, photons=2e5)
+    np.save(tmp_path / "a.npy", frames[:6])
+    np.save(tmp_path / "b.npy", frames[6:])
+    words = (tmp_path / "a.npy", tmp_path / "b.npy", "-o", tmp_path / "prior.h5")
+    said = train(*words)
+    assert said.exit_code == 0, said.output
+    assert sp.load_prior(tmp_path / "prior.h5").provenance["files"] == ["a.npy", "b.npy"]
+    for number in ("adjusted Rand index", "quantisation error", "topographic error"):
+        assert number in said.output
+    before = (tmp_path / "prior.h5").read_bytes()
+    refused = train(*words, "--seed", 1)
+    assert refused.exit_code == 2
+    assert "--force" in refused.output
+    assert (tmp_path / "prior.h5").read_bytes() == before
+    assert train(*words, "--seed", 1, "--force").exit_code == 0
+    assert (tmp_path / "prior.h5").read_bytes() != before

@@ -19,9 +19,13 @@ _FAINT = 0.9
 """Part of the faintest training frame's flux: photon noise alone may take a frame as faint as that one below it."""
 
 
+NOTHING = (0.0, 0.0)
+"""Baseline of what no training frame has."""
+
+
 def signals(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the scalars that are watched."""
-    return ("chi2", "class_distance", *measured_here(class_names))
+    return ("chi2", "class_distance", "prior_distance", *measured_here(class_names))
 
 
 def measured_here(class_names: tuple[str, ...]) -> tuple[str, ...]:
@@ -132,6 +136,9 @@ class DriftWatch:
         # The same misfit is much at the peak and little on the flank: what counts is how far above its noise it lies.
         score["chi2"] = _score(result.chi2 / result.chi2_floor, baselines.get("chi2_over_floor"))
         score["class_distance"] = _score(result.class_distance, baselines.get("class_distance"))
+        # Without a library, or with one prototype alone, training has no distance: its baseline is then (0, 0), which judges nothing.
+        distance = baselines.get("distance", NOTHING)
+        score["prior_distance"] = _score(result.distance, None if distance == NOTHING else distance)
         least, _ = baselines.get("flux_least", (0.0, 0.0))
         if values["flux"] < _FAINT * least:
             score |= dict.fromkeys(score.keys() - {"flux"}, float("nan"))

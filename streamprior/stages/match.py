@@ -111,9 +111,10 @@ class Matcher:
         if self._nearest is None or not self._k:
             return control, np.zeros(len(photons.counts), np.bool_)
         near = self._nearest.starts(photons, self._k, dark)
-        # A frame without photons is as near to all: nothing can be said, and refine flags it.
-        strange = ~(near.distance[:, 0] <= self._nearest.gate(photons)) & np.isfinite(near.distance[:, 0])
-        near.unit[strange] = UNUSED
+        nearest = near.distance[:, 0]
+        strange = nearest > self._nearest.gate(photons)
+        # A frame without photons is near to none and not strange either: refine flags it.
+        near.unit[strange | np.isnan(nearest)] = UNUSED
         return (
             Start(
                 psi=np.concatenate([near.psi, control.psi], axis=1),
@@ -169,15 +170,23 @@ class Nearest:
 
     def starts(self, photons: Photons, k: int, dark: npt.NDArray[np.bool_] | None = None) -> Start:
         """The k nearest prototypes of every frame; `dark` (B, ...) marks pixels whose counts are noise and taken as none."""
+        unit, distance, scale = self.order(photons, k, dark)
+        psi = np.empty((*unit.shape, *self._library.control.shape), np.complex64)
+        for i in range(len(psi)):
+            np.multiply(self._library.psi[unit[i]], scale[i].reshape(-1, *(1 for _ in self._library.control.shape)), out=psi[i])
+        return Start(psi, self.supports[unit], unit, distance)
+
+    def order(
+        self, photons: Photons, k: int, dark: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """(B, k) each: the k nearest units of every frame, their distances, and the scales that make their moduli the frame's."""
         self._look(_known(photons))
         usable = np.broadcast_to(_usable(photons), photons.counts.shape)
-        unit, distance = np.empty((len(usable), k), np.int32), np.empty((len(usable), k), F32)
-        psi = np.zeros((len(usable), k, *self._library.control.shape), np.complex64)
+        unit, (distance, scale) = np.empty((len(usable), k), np.int32), np.empty((2, len(usable), k), F32)
         for i, counts in enumerate(photons.counts):
             seen = counts if dark is None else np.where(dark[i], F32(0), counts)
-            unit[i], distance[i], scale = self._order(seen, usable[i], k)
-            np.multiply(self._library.psi[unit[i]], scale.reshape(-1, *(1 for _ in counts.shape)), out=psi[i])
-        return Start(psi, self.supports[unit], unit, distance)
+            unit[i], distance[i], scale[i] = self._order(seen, usable[i], k)
+        return unit, distance, scale
 
     def _order(
         self, counts: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_], k: int
