@@ -1,4 +1,4 @@
-"""The code -> reference pages for settings, metrics and command line, and the example configuration.
+"""Code and measurements -> reference pages for settings, metrics and command line, the benchmarks, and the example configuration.
 
 `python docs/generate.py` writes them; tests/test_docs.py fails where one is stale.
 """
@@ -8,17 +8,20 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer.models
+from markdown_table import table
+from prior_page import prior_page
 
 from streamprior import cli, config
 from streamprior.errors import WireError
 from streamprior.metrics import DROP_REASONS, Meters
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+"""Files that `streamprior bench --json` printed; those of `bench prior` end in -prior.jsonl."""
 
 MADE = "<!-- Made from the code by `python docs/generate.py`; edits here are overwritten. -->\n\n"
 
@@ -30,6 +33,8 @@ def pages() -> dict[str, str]:
         "docs/reference/metrics.md": metrics_page(),
         "docs/reference/cli.md": cli_page(),
         "docs/benchmarks.md": benchmarks_page(),
+        "docs/prior.md": MADE.replace("the code", "measurements")
+        + prior_page(ROOT / "docs" / "prior.md.in", max(RESULTS.glob("*-prior.jsonl"))),
         "deploy/streamprior.yaml": config.example_yaml(),
     }
 
@@ -44,7 +49,7 @@ def settings_page() -> str:
         "`STREAMPRIOR_TILED__URI` sets `tiled.uri`. An unknown key is an error. Relative paths in the file are relative to the file. "
         "[deploy/streamprior.yaml](../../deploy/streamprior.yaml) holds all of them at their defaults.\n\n"
     )
-    return f"{MADE}# Settings\n\n{intro}{_table(('setting', 'type', 'default', 'meaning'), rows)}"
+    return f"{MADE}# Settings\n\n{intro}{table(('setting', 'type', 'default', 'meaning'), rows)}"
 
 
 def metrics_page() -> str:
@@ -58,9 +63,9 @@ def metrics_page() -> str:
     return (
         f"{MADE}# Metrics\n\n"
         "What `/metrics` shows. Every label value is there from the start, so that an alert sees a zero and not an absence.\n\n"
-        f"{_table(('metric', 'type', 'labels', 'meaning'), sorted(rows))}"
-        f"\n## Why a frame is dropped\n\n{_table(('stage', 'reason'), dropped)}"
-        f"\n## Why a message is quarantined\n\n{_table(('reason',), [(f'`{reason}`',) for reason in WireError.REASONS])}"
+        f"{table(('metric', 'type', 'labels', 'meaning'), sorted(rows))}"
+        f"\n## Why a frame is dropped\n\n{table(('stage', 'reason'), dropped)}"
+        f"\n## Why a message is quarantined\n\n{table(('reason',), [(f'`{reason}`',) for reason in WireError.REASONS])}"
     )
 
 
@@ -73,8 +78,8 @@ def example_meters() -> Meters:
 
 
 def benchmarks_page() -> str:
-    """The newest measurement of each kind in benchmarks/results; its files are what `streamprior bench --json` printed."""
-    newest = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))[-1]
+    """The newest timed measurement."""
+    newest = max(set(RESULTS.glob("*.jsonl")) - set(RESULTS.glob("*-prior.jsonl")))
     lines = [json.loads(line) for line in newest.read_text().splitlines()]
     machine = next(line["machine"] for line in lines if "machine" in line)
     text = [
@@ -90,7 +95,7 @@ def benchmarks_page() -> str:
         # Rows of one shape make a table; the thread row of refine is a table of its own.
         for columns in dict.fromkeys(tuple(row) for row in rows):
             same = [tuple(_shown(value) for value in row.values()) for row in rows if tuple(row) == columns]
-            text.append(f"## {name}\n\n{_table([column.replace('_', ' ') for column in columns], same)}")
+            text.append(f"## {name}\n\n{table([column.replace('_', ' ') for column in columns], same)}")
     return "\n".join(text)
 
 
@@ -114,7 +119,7 @@ def _command(callback: Any) -> str:
     body = inspect.getdoc(callback) or ""
     lines = [f"    {line.removeprefix('Example: ')}" if line.startswith("Example: ") else line for line in body.splitlines()]
     text = "\n".join(lines)
-    return f"## streamprior {callback.__name__}\n\n{text}\n\n{_table(('argument', 'type', 'default', 'meaning'), rows)}"
+    return f"## streamprior {callback.__name__}\n\n{text}\n\n{table(('argument', 'type', 'default', 'meaning'), rows)}"
 
 
 def _spelling(name: str, told: Any) -> str:
@@ -123,11 +128,6 @@ def _spelling(name: str, told: Any) -> str:
     # Inside Annotated, Typer keeps the first spelling of an option where its default would stand.
     given = [one for one in (told.default, *(told.param_decls or ())) if isinstance(one, str)]
     return ", ".join(given or (f"--{name.replace('_', '-')}",))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def write() -> None:

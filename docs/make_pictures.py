@@ -1,7 +1,8 @@
-"""Measured scans and the digital twin -> the pictures of docs/gallery.md.
+"""Measured scans and the digital twin -> the pictures of docs/gallery.md and docs/prior.md.
 
 Run from the repository: python docs/make_pictures.py [FOLDER]. Measured data are read from $STREAMPRIOR_DATA or ../shared/data; a picture
-whose data are absent is left out. Priors are grown on even frames, and every measured frame that is shown is an odd one.
+whose data are absent is left out. Priors are grown on even frames, and every measured frame that is shown is an odd one. Growing three
+priors takes some minutes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from pictures_prior import pictures
 from streamprior_sim.scenario import load_scenario
 from streamprior_sim.twin import build
 
@@ -64,6 +66,9 @@ def main(folder: Path) -> None:
     if priors:
         _save(elbow({file.name: prior for file, prior in priors.items()}), folder / "elbow.png")
     _save(twin_frames({"bragg": 200, "gold_balls": 800}), folder / "twin.png")
+    rocking = (open_recording(ROCKING, "1::2"), priors[ROCKING]) if ROCKING in priors else None
+    for name, figure in pictures(rocking, max((HERE.parent / "benchmarks" / "results").glob("*-prior.jsonl"))):
+        _save(figure, folder / f"{name}.png")
 
 
 def around_peak(scan: Recording, prior: Prior) -> list[int]:
@@ -85,7 +90,7 @@ def class_maps(scan: Recording, prior: Prior, chosen: Sequence[int]) -> Figure:
         shown = axes[0, column].imshow(np.maximum(counts, 1), norm=norm, cmap="viridis")
         axes[0, column].set_title(f"frame {scan.origin(i)}\n{counts.sum():.3g} photons")
         _paint_classes(axes[1, column], ids, shades)
-        axes[1, column].set_title(f"IoU to reference, core to background\n{_ious(ids, prior)}", fontsize=6.5)
+        axes[1, column].set_title(f"IoU to reference, class by class\n{_ious(ids, prior)}", fontsize=6.5)
     # The corner above the reference map is free for the scale of the counts.
     axes[0, -1].set_axis_off()
     figure.colorbar(shown, cax=axes[0, -1].inset_axes((0.05, 0.0, 0.08, 1.0)), label="photons a pixel")
@@ -103,7 +108,8 @@ def reconstruction(scan: Recording, prior: Prior) -> Figure:
     flux = np.array([sp.prepare(scan[i], prior).counts.sum() for i in range(len(scan))])
     brightest = int(flux.argmax())
     photons = sp.prepare(scan[brightest], prior)
-    solved = sp.refine(photons, sp.match(photons, prior), iterations=50)
+    start = sp.match(photons, prior)
+    solved = sp.refine(photons, start, iterations=50)
     psi = solved.psi[0]
     figure, axes = plt.subplots(1, 5, figsize=(14, 3.2), layout="constrained")
     norm = LogNorm(1, float(photons.counts.max()))
@@ -116,13 +122,13 @@ def reconstruction(scan: Recording, prior: Prior) -> Figure:
     )
     model = np.abs(_transform(psi)) ** 2
     _image(axes[1], np.maximum(model, 1), f"|F psi|² after 50 ER\nR-factor {solved.r_factor[0]:.3f}", "viridis", norm=norm)
-    _show_object(axes[2:4], psi, prior)
+    _show_object(axes[2:4], psi, solved.support[0], prior)
     history = solved.history[0]
     axes[4].semilogy(np.arange(1, len(history) + 1), history, color=COLOURS[2], label=f"chi², {history[-1]:.4f} at the end")
     axes[4].axhline(solved.floor[0], color=COLOURS[1], linestyle="--", label=f"photon noise alone, {solved.floor[0]:.4f}")
     axes[4].set(xlabel="iteration", title=f"chi² over its floor: {history[-1] / solved.floor[0]:.1f}")
     axes[4].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
-    figure.suptitle(f"{scan.name}: 50 steps of error reduction from a flat start in the prior's support; axes in pixels")
+    figure.suptitle(f"{scan.name}: 50 steps of error reduction from the nearest prototype, number {start.unit[0, 0]}; axes in pixels")
     return figure
 
 
@@ -172,7 +178,7 @@ def _show_truth(axes: Any, psi: Any) -> None:
         axis.set_ylim(min(rows.max() + 8, height - 1) + 0.5, max(rows.min() - 8, 0) - 0.5)
 
 
-def _show_object(axes: Any, psi: Any, prior: Prior) -> None:
+def _show_object(axes: Any, psi: Any, support: Any, prior: Prior) -> None:
     """Amplitude and phase inside the prior's object box, with the support's outline; the phase's mean is taken off."""
     rows, columns = prior.object_box
     extent = (columns.start - 0.5, columns.stop - 0.5, rows.stop - 0.5, rows.start - 0.5)
@@ -181,7 +187,7 @@ def _show_object(axes: Any, psi: Any, prior: Prior) -> None:
     # A global phase is free: the amplitude-weighted mean phasor becomes real.
     phase = np.angle(part * np.exp(-1j * np.angle(np.sum(part * amplitude))))
     shown = amplitude > ENOUGH * amplitude.max()
-    area = np.count_nonzero(prior.support)
+    area = np.count_nonzero(support)
     _image(axes[0], amplitude, f"amplitude, to {amplitude.max():.3g}\nsupport of {area} pixels outlined", "viridis", extent=extent)
     spread = float(np.sqrt(np.average(phase[shown] ** 2, weights=amplitude[shown] ** 2)))
     title = f"phase, rms {spread:.2f} rad\nwhere the amplitude exceeds {ENOUGH:.0%}"
@@ -190,7 +196,7 @@ def _show_object(axes: Any, psi: Any, prior: Prior) -> None:
         axis.contour(
             np.arange(columns.start, columns.stop),
             np.arange(rows.start, rows.stop),
-            prior.support[prior.object_box],
+            support[prior.object_box],
             [0.5],
             colors=COLOURS[1],
         )
@@ -226,7 +232,7 @@ def _transform(psi: Any) -> Any:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path)
+    figure.savefig(path, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 

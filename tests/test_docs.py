@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -56,6 +57,32 @@ def test_every_setting_metric_and_command_has_its_line() -> None:
     assert "| `streamprior_stage_seconds` | histogram | `stage` |" in PAGES["docs/reference/metrics.md"]
     assert "| `-o, --output` | `Path` | `prior.h5` |" in PAGES["docs/reference/cli.md"]
     assert "| `FILE` | `str` | required |" in PAGES["docs/reference/cli.md"]
+
+
+def test_the_benchmarks_page_is_made_from_timed_results_and_not_from_a_later_study() -> None:
+    assert "-prior.jsonl" not in PAGES["docs/benchmarks.md"]
+    assert "## refine" in PAGES["docs/benchmarks.md"]
+
+
+def doctored(folder: Path, photons: float, stop: float, arm: str, error: float) -> Path:
+    """The newest results with another object error of one arm in the cells of this light and stop."""
+    lines = [json.loads(line) for line in max(GENERATOR["RESULTS"].glob("*-prior.jsonl")).read_text().splitlines()]
+    for line in lines:
+        if line.get("benchmark") == "crystals" and (line["photons"], line["stop_px"], line["arm"]) == (photons, stop, arm):
+            line["error"] = error
+    file = folder / "doctored-prior.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return file
+
+
+def test_the_page_on_the_prior_names_a_missed_target_by_its_number(tmp_path: Path) -> None:
+    template = ROOT / "docs" / "prior.md.in"
+    kept = GENERATOR["prior_page"](template, doctored(tmp_path, 1e5, 3.0, "full solve", 1e3))
+    missed = GENERATOR["prior_page"](template, doctored(tmp_path, 1e5, 3.0, "full solve", 1e-3))
+    target = "object error <= 1.10 x the full solve's at 1e5 photons"
+    before, after = (next(line for line in page.splitlines() if target in line) for page in (kept, missed))
+    assert int(re.findall(r"(\d+) of 6", after)[0]) == 2 + int((re.findall(r"(\d+) of 6", before) or ["0"])[0])
+    assert re.search(r"\| 1e5 \| 3 \| 0% \|.* \*\*\d+\.\d\d\*\* \|", missed)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
