@@ -102,7 +102,7 @@ class RefineSettings(_Room):
     """Nearest prototypes that are tried on each frame beside a flat start; 0: the flat start alone."""
     trial: Annotated[int, Field(gt=0, le=1000)] = 10
     """Error-reduction iterations that each of them gets; the one of lowest chi2 goes on."""
-    schedule: str = "SW(1.5,0.1)+15*RAAR+15*ER+SW(1.0,0.1)+30*ER"
+    schedule: str = "SW(1.5,0.1)+20*ER+SW(1.2,0.1)+20*ER+SW(1.0,0.1)+20*ER"
     """What the kept start goes through, in the field's notation. 4 trials and this are 100 iterations; of the schedules tried at that cost
     it had the lowest object error over doses and beam stops on simulated crystals (docs/decisions/0012)."""
     alone: str = "10*ER+SW(2.0)+25*HIO+5*ER+SW(1.5)+25*HIO+5*ER+SW(1.0)+15*HIO+15*ER"

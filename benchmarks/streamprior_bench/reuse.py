@@ -36,4 +36,4 @@ def run(repeats: int = 1) -> Iterator[dict[str, Any]]:
     for name, frames in sets.items():
         for train_at in TRAIN_AT:
             for row in centroid_reuse(frames, train_at, tuple(train_at + step for step in (5, 10, 15, 20))):
-                yield {"set": name, **row}
+                yield {"set": name, "train_at": train_at, **row}

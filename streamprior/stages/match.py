@@ -159,7 +159,7 @@ class Nearest:
         self._photons = np.abs(far_field(library.psi)) ** 2
         self.supports = np.stack([binary_dilation(one, iterations=MARGIN) for one in library.support])
         self._valid = np.empty(0, np.bool_)
-        self._moduli = np.empty((0, 0), F32)
+        self._moduli = self._powers = np.empty((0, 0), F32)  # (U, C), and their squares
         self._share = np.empty(0)  # of each cell's pixels that the run measures
         self._gate = math.nan
 
@@ -201,7 +201,7 @@ class Nearest:
             return np.arange(k), np.full(k, np.nan), np.zeros(k, F32)
         # Of norm 1: single precision then holds its products with the moduli whatever the dose.
         across = self._moduli @ np.sqrt(seen / photons).astype(F32)
-        power = np.maximum(np.square(self._moduli) @ used.astype(F32), np.finfo(F32).tiny)
+        power = np.maximum(self._powers @ used.astype(F32), np.finfo(F32).tiny)
         unlike = 1 - across**2 / power
         nearest = np.argsort(unlike, kind="stable")[:k]
         # sqrt of a Poisson number has the variance 1/4 (Bartlett 1936), and none where no photon came.
@@ -215,7 +215,8 @@ class Nearest:
         library = self._library
         self._valid = valid.copy()
         self._share = cells(valid, library.cell, np.mean)
-        self._moduli = np.sqrt(np.stack([cells(one * valid, library.cell, np.sum) for one in self._photons]))
+        self._powers = np.stack([cells(one * valid, library.cell, np.sum) for one in self._photons])
+        self._moduli = np.sqrt(self._powers)
         self._gate = gate_of(library, self._moduli, self._share)
 
 
