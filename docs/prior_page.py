@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 from markdown_table import table
-from streamprior_bench.reuse import TRAIN_AT
 
 Row = Mapping[str, Any]
 Arms = Mapping[str, Row]
@@ -73,7 +72,8 @@ def prior_page(template: Path, results: Path) -> str:
         "accuracies": table(("photons", "stop, px", "balanced accuracy"), [_accuracy(row) for row in morphology]),
         "behind_stop": " and ".join(f"{row['balanced_accuracy']:.2f}" for row in morphology if row["stop_px"]),
         "confusions": "\n".join(_confusion(row) for row in morphology),
-        "reuse": _reuse(rows["reuse"]),
+        "reuse": _reuse(row for row in rows["reuse"] if "flux" in row),
+        "shifted": _shifted(row for row in rows["reuse"] if "shift_px" in row),
         "cells": "\n".join(_every_cell(cells)),
     }
     return template.read_text().format_map(parts)
@@ -233,12 +233,17 @@ def _confusion(row: Row) -> str:
 def _reuse(rows: Iterable[Row]) -> str:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        # Centroids are applied to the frames that follow the one they were learned on.
-        learned = max(at for at in TRAIN_AT if at < row["frame"])
-        groups.setdefault((row["set"], str(learned), f"{row['flux']:g}", row["class"]), []).append(row)
+        groups.setdefault((row["set"], str(row["train_at"]), f"{row['flux']:g}", row["class"]), []).append(row)
     columns = ("reused", "null", "ceiling", "full_dose")
     shown = [(*key, *(_mean(row[name] for row in group) for name in columns)) for key, group in groups.items()]
     return table(("set", "learned on frame", "flux", "class", "reused", "null", "ceiling", "full dose"), shown)
+
+
+def _shifted(rows: Iterable[Row]) -> str:
+    return table(
+        ("set", "class", "followed", "static"),
+        [(row["set"], row["class"], f"{row['followed']:.2f}", f"{row['static']:.2f}") for row in rows],
+    )
 
 
 def _every_cell(cells: Cells) -> Iterator[str]:

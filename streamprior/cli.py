@@ -288,6 +288,7 @@ def train(
         told = {"classes": classes, "seed": seed, "library": library, "starts": starts}
         settings = TrainSettings.model_validate({name: value for name, value in told.items() if value is not None})
         story = {"files": [one.name for one in recording.members], "frames": frames, "version": __version__}
+        story |= {name: str(given) for name, given in (("mask", mask), ("dark", dark)) if given is not None}
         corrections = merged(load_corrections(PrepareSettings(mask=mask, dark=dark), shape), recording.geometry, shape)
         started = time.monotonic()
         prior = _grow(recording, settings, story, corrections, output)
@@ -308,6 +309,8 @@ def _grow(recording: Any, settings: Any, story: dict[str, Any], corrections: Any
             grown = grow_prior(recording, settings=settings, progress=report, provenance=story, corrections=corrections, keep=keep)
         except ValueError as error:
             raise ConfigError(f"{recording.name}: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{keep}: solved frames cannot be kept there ({error}); make it writable, or name another output") from error
     try:
         prior = save_prior(grown, output)
     except OSError as error:
@@ -333,25 +336,30 @@ def evaluate(
     frames: FramesOption = ":",
     most: Annotated[int, typer.Option(min=1, help="Frames that are judged, evenly spaced over those that are bright enough.")] = 200,
     swap: Annotated[bool, typer.Option("--swap", help="Also the other direction: grow on these frames, judge on the prior's.")] = False,
+    mask: Annotated[Path | None, typer.Option(help="True where a pixel is unusable, as given to train: .npy or FILE::/dataset.")] = None,
+    dark: Annotated[Path | None, typer.Option(help="Counts to subtract, as given to train: .npy or FILE::/dataset.")] = None,
 ) -> None:
     """Error analysis on frames the prior never saw: every baseline that could beat it, in numbers and pictures.
 
     Example: streamprior evaluate prior.h5 scan.cxi --frames 1::2 -o report
     """
     with faults():
+        from streamprior.config import PrepareSettings
         from streamprior.evaluate.report import write_report
         from streamprior.evaluate.study import choose, study, swapped, title_of
         from streamprior.prior import load_prior
         from streamprior.sources.files import open_recording
+        from streamprior.stages.prepare import load_corrections
 
         first = load_prior(prior)
+        own = load_corrections(PrepareSettings(mask=mask, dark=dark), first.geometry.detector_shape)
         _refuse_no_folder(output)
         with progress() as report:
             recording = open_recording(file, frames)
             directions = [(first, recording, title_of(first, recording, frames))]
             if swap:
-                directions.append(swapped(first, file, frames, report))
-            comparisons = [study(one, choose(one, shown, most, report), title, report) for one, shown, title in directions]
+                directions.append(swapped(first, file, frames, report, own))
+            comparisons = [study(one, choose(one, shown, most, report, own), title, report) for one, shown, title in directions]
             written = write_report(output, first, comparisons, {"file": recording.name, "frames": frames, "most": most}, progress=report)
     _print_comparisons(written)
 
@@ -364,6 +372,9 @@ def export(
     form: Annotated[str, typer.Option("--format", help="cohere (a folder a frame) or cxi (a file a frame, as PyNX reads it).")] = "cohere",
     data: Annotated[str | None, typer.Option(help="Recorded frames of the run: their counts go along. Needs --prior.")] = None,
     prior: Annotated[Path | None, typer.Option(help="The run's prior: says how the recorded frames were cropped.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The daemon's prepare.mask, for --data.")] = None,
+    dark: Annotated[Path | None, typer.Option(help="The daemon's prepare.dark, for --data.")] = None,
+    flat: Annotated[Path | None, typer.Option(help="The daemon's prepare.flat, for --data.")] = None,
 ) -> None:
     """Hand objects and supports of a run to offline phasing, as the start of cohere or PyNX.
 
@@ -374,10 +385,12 @@ def export(
     if (data is None) != (prior is None):
         raise typer.BadParameter("give --data and --prior together, or neither", param_hint="--data / --prior")
     with faults():
-        from streamprior.evaluate.handoff import hand_over
+        from streamprior.config import PrepareSettings
+        from streamprior.evaluate.handoff import Measurement, hand_over
 
         _refuse_no_folder(output)
-        measured = (data, prior) if data is not None and prior is not None else None
+        corrections = PrepareSettings(mask=mask, dark=dark, flat=flat)
+        measured = Measurement(data, prior, corrections) if data is not None and prior is not None else None
         with progress() as report:
             written = hand_over(run, frames, output, form, measured, report)
     out.print(f"{written} frames in [bold]{output}[/]", highlight=False, soft_wrap=True)

@@ -271,7 +271,7 @@ HASH_BYTES = 8
 
 
 def frame_hashes(counts: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """(B, 8) uint8: first bytes of blake2b over each prepared frame (little-endian float32), by which an evaluation finds leaks."""
+    """(B, 8) uint8: first bytes of blake2b over each raw frame (little-endian float32), by which an evaluation finds leaks."""
     frames = np.ascontiguousarray(counts, np.dtype("<f4"))
     digests = [hashlib.blake2b(frame.tobytes(), digest_size=HASH_BYTES).digest() for frame in frames]
     return np.frombuffer(b"".join(digests), np.uint8).reshape(len(frames), HASH_BYTES)

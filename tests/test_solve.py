@@ -261,6 +261,17 @@ def test_a_prior_is_grown_with_a_library_of_any_size(library: int) -> None:
         np.testing.assert_array_equal(prior.support, prior.library.control)
 
 
+def test_a_kept_frame_that_was_cut_short_is_solved_again(tmp_path: Path) -> None:
+    photons = measured(each=1)
+    first = solve_frames(photons, HOW, silent, tmp_path)
+    kept = sorted(tmp_path.glob("*.h5"))
+    assert len(kept) == len(photons.counts)
+    kept[0].write_bytes(kept[0].read_bytes()[:1000])
+    kept[1].write_bytes(b"")
+    same(solve_frames(photons, HOW, silent, tmp_path), first)
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_twenty_iterations_from_the_other_halfs_volume_equal_hundreds_from_random_phases(data_folder: Path) -> None:
     with np.load(data_folder / "bcdi_gold_64cube_set1_set2.npz") as file:
         one, other = (Photons(file[name][None].astype(np.float32), np.ones((1, 64, 64, 64), bool), np.zeros(1, np.uint32)) for name in file)

@@ -9,16 +9,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from streamprior_sim.crystals import MORPHOLOGIES, grow_crystal
 
+from streamprior.arrays import far_field
+from streamprior.config import RefineSettings
 from streamprior.errors import ConfigError
-from streamprior.evaluate.records import LEAK
+from streamprior.evaluate.arms import compare_arms
+from streamprior.evaluate.records import FULL_SOLVE, LEAK
 from streamprior.evaluate.study import choose, leak_note, leaks, swapped, title_of
 from streamprior.prior import Prior, frame_hashes, save_prior
 from streamprior.sources.files import open_recording
+from streamprior.stages.match import Matcher
+from streamprior.stages.prepare import Corrections, prepare
 from streamprior.train.grow import grow_prior
 from streamprior.train.settings import TrainSettings
 from tests.builders import diffraction, small_prior
 from tests.test_cli import streamprior
+
+QUICK = TrainSettings(classes=3, pixels=5_000, control=1, schedule="20*HIO+5*ER+SW(2.0,0.1)+10*ER", starts=1, neighbours=0)
+
+
+def crystals(seeds: range) -> np.ndarray[Any, Any]:
+    """(N, 64, 64) uint32 at 1e5 photons, of the morphologies in turn."""
+    psi = np.stack([grow_crystal(MORPHOLOGIES[seed % len(MORPHOLOGIES)], seed) for seed in seeds])
+    return np.random.default_rng(0).poisson(1e5 * np.abs(far_field(psi)) ** 2).astype(np.uint32)
 
 
 @pytest.fixture
@@ -84,7 +98,7 @@ def test_the_leak_check_says_none_or_names_the_frames_or_that_it_cannot_tell(sca
     assert "no hashes" in leak_note(prior, chosen)
     of_others = knowing(training={"frame_hashes": frame_hashes(diffraction(count=3, seed=9).astype(np.float32))})
     assert "none of the 8 frames" in leak_note(of_others, chosen)
-    of_these = knowing(training={"frame_hashes": frame_hashes(chosen.photons.counts[[2, 5]])})
+    of_these = knowing(training={"frame_hashes": chosen.hashes[[2, 5]]})
     assert leak_note(of_these, chosen).startswith(LEAK)
     assert "2 of the 8 frames are among the prior's training frames (2, 5)" in leak_note(of_these, chosen)
 
@@ -156,3 +170,41 @@ def test_evaluate_writes_a_report_in_both_directions(tmp_path: Path) -> None:
     assert said.exit_code == 0
     assert "LEAK: 2 of the 2 frames" in said.output
     assert 'class="alarm"' in (tmp_path / "leaking" / "report.html").read_text()
+
+
+def test_one_frames_bad_pixels_change_no_other_frames_distance(tmp_path: Path) -> None:
+    prior = grow_prior(crystals(range(8)), settings=QUICK)
+    frames = crystals(range(4))
+    frames[1, 36:44, 10:54] = np.iinfo(frames.dtype).max
+    np.save(tmp_path / "scan.npy", frames)
+    chosen = choose(replace(prior, baselines={}), open_recording(tmp_path / "scan.npy"))
+    assert chosen.frames == (0, 1, 2, 3)
+    together = chosen.photons
+    matcher = Matcher(prior)
+    start, strange = matcher.starts(together)
+    for i, frame in enumerate(frames):
+        alone, strange_alone = matcher.starts(prepare(frame, prior))
+        np.testing.assert_array_equal(start.unit[i], alone.unit[0])
+        np.testing.assert_array_equal(start.distance[i], alone.distance[0])
+        assert strange[i] == strange_alone[0]
+
+
+def test_a_dark_hides_no_leak_and_may_not_be_forgotten(tmp_path: Path) -> None:
+    frames = crystals(range(6)) + 3
+    dark = np.full(frames.shape[1:], 3, np.float32)
+    np.save(tmp_path / "scan.npy", frames)
+    corrections = Corrections(dark=dark)
+    prior = grow_prior(frames, settings=QUICK, corrections=corrections, provenance={"dark": "dark.npy"})
+    recording = open_recording(tmp_path / "scan.npy")
+    with pytest.raises(ConfigError, match=r"grown with --dark dark\.npy"):
+        choose(prior, recording)
+    chosen = choose(prior, recording, corrections=corrections)
+    assert leak_note(prior, chosen).startswith(f"{LEAK}: 6 of the 6 frames")
+
+
+def test_every_arm_but_the_full_solve_costs_the_same_whatever_the_settings() -> None:
+    prior = grow_prior(crystals(range(8)), settings=QUICK)
+    photons = prepare(crystals(range(8, 10)), prior)
+    for settings in (RefineSettings(), RefineSettings(iterations=50), RefineSettings(candidates=5)):
+        arms = compare_arms(photons, prior, settings=settings, seeds=3).arms
+        assert len({arm.iterations for arm in arms if arm.name != FULL_SOLVE}) == 1, settings

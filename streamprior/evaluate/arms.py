@@ -135,7 +135,7 @@ class _Bench:
         return median, np.stack([run.psi for run in runs[:KEPT_RUNS]])
 
     def flat(self) -> list[Arm]:
-        alone = self._plan.alone or self._plan.schedule
+        alone = self._filled(self._plan.alone or self._plan.schedule, self._budget)
         return [self._arm(FLAT, self._control, Plan(parse_schedule(self._budget))), self._arm("flat + plan", self._control, Plan(alone))]
 
     def prototypes(self) -> list[Arm]:
@@ -198,10 +198,13 @@ class _Bench:
 
     def _padded(self, arms: int) -> Plan:
         """The daemon's schedule with as much error reduction before it as the budget leaves; `arms` are tried first."""
-        schedule = self._plan.schedule
-        left = self._budget - schedule.iterations - arms * self._plan.trial
-        steps = (*parse_schedule(left).steps, *schedule.steps) if left > 0 else schedule.steps
-        return Plan(Schedule(steps), self._plan.trial if arms else 0)
+        schedule = self._filled(self._plan.schedule, self._budget - arms * self._plan.trial)
+        return Plan(schedule, self._plan.trial if arms else 0)
+
+    def _filled(self, schedule: Schedule, iterations: int) -> Schedule:
+        """The schedule with as much error reduction before it as makes up so many iterations."""
+        left = iterations - schedule.iterations
+        return Schedule((*parse_schedule(left).steps, *schedule.steps)) if left > 0 else schedule
 
     def _arm(self, name: str, start: Start, plan: Plan, judge: bool = True) -> Arm:
         """Run one arm; a second run with held-out pixels gives its free log-likelihood."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from streamprior.config import PrepareSettings
 from streamprior.errors import ConfigError
 from streamprior.evaluate.metrics import model_of
 from streamprior.evaluate.records import Tick
@@ -18,7 +19,7 @@ from streamprior.prior import load_prior
 from streamprior.records import Detector
 from streamprior.sinks.archive import ArchivedRun, read_run
 from streamprior.sources.files import open_recording
-from streamprior.stages.prepare import prepare
+from streamprior.stages.prepare import load_corrections, merged, prepare
 
 _JOULES_PER_EV = 1.602176634e-19
 _CXI_VERSION = 150  # the version that PyNX writes
@@ -41,8 +42,17 @@ class Handoff:
     detector: Detector | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Where a run's counts are: the recorded file, the prior the run was made with, and the daemon's corrections."""
+
+    file: str
+    prior: Path
+    corrections: PrepareSettings
+
+
 def hand_over(
-    run_folder: Path, frames: str, output: Path, form: str, measured: tuple[str, Path] | None = None, progress: Tick | None = None
+    run_folder: Path, frames: str, output: Path, form: str, measured: Measurement | None = None, progress: Tick | None = None
 ) -> int:
     """Write the chosen frames of an archived run, each into `output/frame-NNNNNN` (cohere) or `output/frame-NNNNNN.cxi`.
 
@@ -50,7 +60,7 @@ def hand_over(
     ----------
     frames : a Python slice of the run's frame indices, or one index. Frames of a slice that were not retrieved are left out.
     form : "cohere" or "cxi".
-    measured : (recorded file, prior file) of the run, for counts and mask.
+    measured : the run's recording, for counts and mask.
 
     Returns
     -------
@@ -65,9 +75,11 @@ def hand_over(
     try:
         run = read_run(run_folder)
     except (OSError, KeyError, ValueError) as error:
-        raise ConfigError(f"{run_folder}: no archived run can be read there ({error}); name a folder that holds run.json") from None
+        raise ConfigError(
+            f"{run_folder}: no archived run can be read there ({error}); name a run's folder in the archive, with run.json and its arrays"
+        ) from None
     chosen = _chosen(run, frames)
-    seen = _Measured(run, *measured) if measured is not None else None
+    seen = _Measured(run, measured) if measured is not None else None
     for number, frame in enumerate(chosen):
         psi, support = archived_start(run, frame)
         start = Handoff(psi, support) if seen is None else seen.added(psi, support, frame)
@@ -97,7 +109,8 @@ def _chosen(run: ArchivedRun, frames: str) -> list[int]:
 class _Measured:
     """Owns the recording that a run came from, and how the run's prior prepares its frames."""
 
-    def __init__(self, run: ArchivedRun, file: str, prior_file: Path) -> None:
+    def __init__(self, run: ArchivedRun, measured: Measurement) -> None:
+        file, prior_file = measured.file, measured.prior
         self._prior = load_prior(prior_file)
         used = run.about["provenance"].get("prior_hash", self._prior.content_hash)
         if used != self._prior.content_hash:
@@ -109,6 +122,8 @@ class _Measured:
             raise ConfigError(
                 f"{file}: its frames are {self._recording.shape[1:]}, the run's detector was {self._prior.geometry.detector_shape}"
             )
+        shape = self._prior.geometry.detector_shape
+        self._corrections = merged(load_corrections(measured.corrections, shape), self._recording.geometry, shape)
         rows = run.frames.select(["index", "origin"]).to_pydict()
         # A frame that was replayed knows its place in the file; of one that came off a detector the index is that place.
         self._place = {index: origin if origin >= 0 else index for index, origin in zip(rows["index"], rows["origin"], strict=True)}
@@ -118,7 +133,8 @@ class _Measured:
         if place >= len(self._recording):
             raise ConfigError(f"frame {frame}: the recording holds {len(self._recording)} frames; is it that run's?")
         geometry = self._recording.geometry
-        photons = prepare(self._recording[place], self._prior, geometry.mask)
+        own = self._corrections
+        photons = prepare(self._recording[place], self._prior, own.mask, own.flat, own.dark)
         binned = None if geometry.pixel_m is None else geometry.pixel_m * self._prior.geometry.binning
         return Handoff(psi, support, photons.counts[0], photons.valid.reshape(psi.shape), replace(geometry, pixel_m=binned))
 

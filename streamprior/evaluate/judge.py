@@ -44,7 +44,7 @@ COLUMNS: Mapping[str, str] = {
     "phase_ssim": "median SSIM of the phase",
     "phase_psnr": "median PSNR of the phase, dB",
     "area": "median pixels (voxels) of the support; chi2 falls when it grows",
-    "near_full_at_50": f"share of frames whose chi2 after 50 iterations is within {NEAR} times the full solve's",
+    "near_full_at_50": f"share of frames whose kept object has, after 50 iterations, a chi2 within {NEAR} times the full solve's",
     "near_full": "the same after all iterations",
     "abstained": "share of frames beyond the distance gate",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from streamprior.evaluate.records import LEAK, Comparison, Tick
 from streamprior.prior import Prior, frame_hashes
 from streamprior.records import Photons
 from streamprior.sources.files import Recording, open_recording
-from streamprior.stages.prepare import Corrections, merged, prepare
+from streamprior.stages.prepare import Corrections, merged, prepare, stacked
 
 MOST = 200
 """Frames of a study: medians and quartiles of 200 frames stand, and the full solve of each takes a while."""
@@ -23,20 +22,27 @@ MOST = 200
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Prepared frames of a recording: photons of the chosen ones and their indices in the file; how many were too faint."""
+    """Prepared frames of a recording: photons of the chosen ones, their indices in the file, and the hashes of the raw frames; how many
+    others were too faint."""
 
     photons: Photons
     frames: tuple[int, ...]
     faint: int
+    hashes: npt.NDArray[np.uint8]
 
 
-def choose(prior: Prior, recording: Recording, most: int = MOST, progress: Tick | None = None) -> Chosen:
+def choose(
+    prior: Prior, recording: Recording, most: int = MOST, progress: Tick | None = None, corrections: Corrections | None = None
+) -> Chosen:
     """Prepare the frames that are bright enough to be judged, at most so many and evenly spaced.
+
+    corrections : mask, dark and flat beside the file's own mask; the same as in training.
 
     Raises
     ------
     ConfigError
-        The recording has another frame size than the prior, or no frame is bright enough.
+        The recording has another frame size than the prior, no frame is bright enough, or the prior was grown with a dark and none is
+        given.
     """
     tick = progress or (lambda what, done, total: None)
     rows, columns = prior.geometry.detector_shape
@@ -46,11 +52,13 @@ def choose(prior: Prior, recording: Recording, most: int = MOST, progress: Tick 
             f"{recording.path}: its frames are {found}, the prior was grown on {rows} x {columns}; "
             "name a recording of that detector, or grow a prior on this one with `streamprior train`"
         )
-    known = merged(Corrections(), recording.geometry, prior.geometry.detector_shape)
+    known = merged(corrections or Corrections(), recording.geometry, prior.geometry.detector_shape)
+    if prior.provenance.get("dark") and known.dark is None:
+        raise ConfigError(f"the prior was grown with --dark {prior.provenance['dark']}; give the same, or its numbers mean nothing here")
     least = prior.baselines.get("flux_least", (0.0, 0.0))[0]
     bright: list[int] = []
     for i in range(len(recording)):
-        one = prepare(recording[i], prior, known.mask)
+        one = prepare(recording[i], prior, known.mask, known.flat, known.dark)
         flux = one.counts[0].sum(where=one.valid.reshape(one.counts.shape[1:]), dtype=np.float64) / max(int(one.valid.sum()), 1)
         if flux > 0 and flux >= least:
             bright.append(i)
@@ -58,16 +66,11 @@ def choose(prior: Prior, recording: Recording, most: int = MOST, progress: Tick 
     if not bright:
         raise ConfigError(f"{recording.path}: none of its {len(recording)} frames is as bright as the faintest of the prior's training")
     taken = [bright[int(at)] for at in np.unique(np.linspace(0, len(bright) - 1, min(len(bright), most)).round())]
-    photons = _stacked([prepare(recording[i], prior, known.mask) for i in taken])
-    return Chosen(photons, tuple(int(recording.origin(i)) for i in taken), len(recording) - len(bright))
-
-
-def _stacked(parts: Sequence[Photons]) -> Photons:
-    shape = parts[0].counts.shape[1:]
-    return Photons(
-        counts=np.concatenate([one.counts for one in parts]),
-        valid=np.stack([one.valid.reshape(shape) for one in parts]),
-        flags=np.concatenate([one.flags for one in parts]),
+    return Chosen(
+        photons=stacked([prepare(recording[i], prior, known.mask, known.flat, known.dark) for i in taken]),
+        frames=tuple(int(recording.origin(i)) for i in taken),
+        faint=len(recording) - len(bright),
+        hashes=np.concatenate([frame_hashes(np.asarray(recording[i])[None]) for i in taken]),
     )
 
 
@@ -88,30 +91,34 @@ def study(prior: Prior, chosen: Chosen, title: str, progress: Tick | None = None
     return replace(compared, notes=(leak_note(prior, chosen), *left, *compared.notes))
 
 
-def leaks(prior: Prior, counts: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+def leaks(prior: Prior, frames: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
     """Positions of the frames that are among the prior's training frames, by content.
 
     Parameters
     ----------
-    counts : (B, H, W) float32, photons
-        As `streamprior.prepare` made them with this prior.
+    frames : (B, rows, columns), counts
+        As the detector gave them: no correction can hide a frame.
 
     Raises
     ------
     ValueError
         The prior does not say what it was grown on (training/frame_hashes is missing).
     """
+    return _seen_before(prior, frame_hashes(frames))
+
+
+def _seen_before(prior: Prior, hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     known = prior.training.get("frame_hashes")
     if known is None:
         raise ValueError("this prior holds no hashes of its training frames; grow it again with this version to have leaks checked")
     training = {bytes(row) for row in known}
-    return np.array([i for i, row in enumerate(frame_hashes(counts)) if bytes(row) in training], np.intp)
+    return np.array([i for i, row in enumerate(hashes) if bytes(row) in training], np.intp)
 
 
 def leak_note(prior: Prior, chosen: Chosen) -> str:
     """One sentence: whether any of the frames is among those that the prior was grown on."""
     try:
-        found = leaks(prior, chosen.photons.counts)
+        found = _seen_before(prior, chosen.hashes)
     except ValueError as error:
         return f"Leak check: {error}."
     total = len(chosen.frames)
@@ -135,7 +142,9 @@ def _training_file(prior: Prior) -> str:
     return str(files[0]) if len(files) == 1 else ""
 
 
-def swapped(prior: Prior, file: str, frames: str, progress: Tick | None = None) -> tuple[Prior, Recording, str]:
+def swapped(
+    prior: Prior, file: str, frames: str, progress: Tick | None = None, corrections: Corrections | None = None
+) -> tuple[Prior, Recording, str]:
     """The other direction: a prior grown on the judged frames with the same settings, and the first prior's training frames to judge it on.
 
     Raises
@@ -153,8 +162,13 @@ def swapped(prior: Prior, file: str, frames: str, progress: Tick | None = None) 
             f"--swap: the prior was grown on {_training_file(prior) or 'frames it does not name'}, not on frames of {recording.path.name}; "
             "leave --swap out, and evaluate the other direction with a prior of its own"
         )
-    story = {"file": recording.path.name, "frames": frames, "swapped": prior.content_hash}
-    known = merged(Corrections(), recording.geometry, (recording.shape[1], recording.shape[2]))
+    training = open_recording(file, prior.provenance["frames"])
+    if not len(_seen_before(prior, np.concatenate([frame_hashes(np.asarray(training[i])[None]) for i in range(len(training))]))):
+        raise ConfigError(
+            f"--swap: the prior was not grown on this {recording.path.name}, but on another file of that name; leave --swap out"
+        )
+    story = {"file": recording.path.name, "frames": frames, "swapped": prior.content_hash, "dark": prior.provenance.get("dark")}
+    known = merged(corrections or Corrections(), recording.geometry, (recording.shape[1], recording.shape[2]))
     try:
         other = grow_prior(
             recording,
@@ -165,5 +179,4 @@ def swapped(prior: Prior, file: str, frames: str, progress: Tick | None = None) 
         )
     except ValueError as error:
         raise ConfigError(f"--swap: {recording.path} [{frames}]: {error}") from error
-    training = open_recording(file, prior.provenance["frames"])
     return other, training, title_of(other, training, prior.provenance["frames"])

@@ -74,6 +74,17 @@ def prepare(
     return _Region(prior.geometry, prior.invalid, Corrections(mask, flat, dark)).photons(list(stack))
 
 
+def stacked(parts: Sequence[Photons]) -> Photons:
+    """Frames of one run that were prepared one by one, as a batch whose `valid` is (B, H, W)."""
+    shape = parts[0].counts.shape[1:]
+    return Photons(
+        counts=np.concatenate([one.counts for one in parts]),
+        valid=np.stack([one.valid.reshape(shape) for one in parts]),
+        flags=np.concatenate([one.flags for one in parts]),
+        known=parts[0].known,
+    )
+
+
 def load_corrections(settings: PrepareSettings, shape: tuple[int, int]) -> Corrections:
     """The operator's mask, flat and dark from their files. Raises ConfigError where one cannot be read or has not the detector's shape."""
 

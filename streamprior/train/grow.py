@@ -17,7 +17,7 @@ from streamprior.records import Classes, Photons, Start
 from streamprior.stages.classify import classify
 from streamprior.stages.drift import mask_numbers
 from streamprior.stages.match import Control, Nearest, dark_pixels
-from streamprior.stages.prepare import Corrections, prepare
+from streamprior.stages.prepare import Corrections, prepare, stacked
 from streamprior.stages.recipe import plan_of
 from streamprior.stages.refine import Solver
 from streamprior.train.classes import PixelClasses, grow_classes, sample_pixels
@@ -81,11 +81,11 @@ def grow_prior(
     with threadpool_limits(1):
         corrected = corrections or Corrections()
         empty = _with_region(frames, corrected, geometry, chosen, tick)
-        photons = _useful(frames, corrected, empty, chosen, tick)
+        photons, hashes = _useful(frames, corrected, empty, chosen, tick)
         classified = _with_classes(photons, empty, chosen, tick)
         grown = _with_library(photons, classified, chosen, tick, keep)
         baselines = _baselines(photons, grown, chosen, tick)
-        training = {**grown.training, "frame_hashes": frame_hashes(photons.counts)}
+        training = {**grown.training, "frame_hashes": hashes}
     story = {"frames": len(frames), "settings": chosen.model_dump(), **(provenance or {})}
     return freeze(replace(grown, baselines=baselines, training=training, provenance=story))
 
@@ -132,8 +132,10 @@ def with_centroids(prior: Prior, grown: PixelClasses, normaliser: float) -> Prio
     )
 
 
-def _useful(frames: Any, corrections: Corrections, empty: Prior, settings: TrainSettings, tick: Tick) -> Photons:
-    """The prepared frames that teach: bright enough, and evenly spaced among those; valid is (B, H, W).
+def _useful(
+    frames: Any, corrections: Corrections, empty: Prior, settings: TrainSettings, tick: Tick
+) -> tuple[Photons, npt.NDArray[np.uint8]]:
+    """The prepared frames that teach: bright enough, and evenly spaced among those; valid is (B, H, W). And the raw frames' hashes.
 
     Raises ValueError where they are fewer than FEWEST.
     """
@@ -150,16 +152,13 @@ def _useful(frames: Any, corrections: Corrections, empty: Prior, settings: Train
             f"training needs {FEWEST} frames bright enough to learn from, found {len(bright)} among {len(frames)}: give more of the scan"
         )
     taken = bright[_spread(len(bright), max(settings.frames, settings.library))]
-    stack = [prepare(np.asarray(frames[int(i)]), empty, corrections.mask, corrections.flat, corrections.dark) for i in taken]
-    return Photons(
-        counts=np.concatenate([one.counts for one in stack]),
-        valid=np.stack([one.valid.reshape(empty.geometry.shape) for one in stack]),
-        flags=np.concatenate([one.flags for one in stack]),
-    )
+    raw = [np.asarray(frames[int(i)]) for i in taken]
+    photons = stacked([prepare(one, empty, corrections.mask, corrections.flat, corrections.dark) for one in raw])
+    return photons, np.concatenate([frame_hashes(one[None]) for one in raw])
 
 
 def _take(photons: Photons, index: npt.NDArray[np.intp]) -> Photons:
-    return Photons(photons.counts[index], photons.valid[index], photons.flags[index])
+    return Photons(photons.counts[index], photons.valid[index], photons.flags[index], photons.known)
 
 
 def _flux(photons: Photons) -> npt.NDArray[np.float64]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from scipy.fft import fftshift, ifftn, ifftshift
 from scipy.ndimage import binary_dilation
 
+from streamprior import __version__
 from streamprior.align import twin
 from streamprior.prior import Library
 from streamprior.records import FLAT, Photons, Start
@@ -130,7 +131,7 @@ class _Runner:
 def _each(work: Callable[[int], One], number: int, stage: str, tick: Tick) -> Iterator[One]:
     """The frames' results in order, on as many threads as there are cores: the kernels run without the GIL, and frames are independent."""
     tick(stage, 0, number)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         try:
             for done, one in enumerate(threads.map(work, range(number))):
                 tick(stage, done + 1, number)
@@ -142,19 +143,29 @@ def _each(work: Callable[[int], One], number: int, stage: str, tick: Tick) -> It
 def _kept(keep: Path | None, runner: _Runner, i: int, settings: SolveSettings) -> One:
     """Frame i from the folder where it was solved before, or solved now."""
     name = _digest(runner, i, settings)
-    file = None if keep is None else keep / f"{name}.h5"
-    if file is not None and file.exists():
-        with h5py.File(file) as stored:
-            return stored["psi"][()], stored["support"][()], float(stored.attrs["chi2"]), float(stored.attrs["floor"])
+    file = None if keep is None else keep / f"{name}-{__version__}.h5"
+    before = None if file is None else _read(file)
+    if before is not None:
+        return before
     psi, support, chi2, floor = _solve(runner, i, settings, int(name, 16))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{i}.partial")  # two frames may be equal to the last photon, and be solved at the same time
+        # Two frames may be equal to the last photon and be solved at the same time, and so may two trainings.
+        partial = file.with_suffix(f".{os.getpid()}-{i}.partial")
         with h5py.File(partial, "w") as stored:
             stored["psi"], stored["support"] = psi, support
             stored.attrs["chi2"], stored.attrs["floor"] = chi2, floor
         partial.replace(file)
     return psi, support, chi2, floor
+
+
+def _read(file: Path) -> One | None:
+    """A frame that was solved before; None where it is not there, or cut short when training was stopped: it is then solved again."""
+    try:
+        with h5py.File(file) as stored:
+            return stored["psi"][()], stored["support"][()], float(stored.attrs["chi2"]), float(stored.attrs["floor"])
+    except (OSError, KeyError):
+        return None
 
 
 def _digest(runner: _Runner, i: int, settings: SolveSettings) -> str:
