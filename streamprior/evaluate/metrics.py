@@ -22,7 +22,7 @@ def phase_origin(psi: npt.NDArray[Any]) -> complex:
 def model_of(psi: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """|F psi|, (..., H, W) float: the magnitude that a centred object of the last two (or all three) axes gives on the detector."""
     axes = tuple(range(psi.ndim))
-    return np.abs(scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(psi, axes), norm="ortho"), axes))
+    return np.asarray(np.abs(scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(psi, axes), norm="ortho"), axes)))
 
 
 def residuals(counts: npt.NDArray[Any], valid: npt.NDArray[np.bool_], psi: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
