@@ -19,7 +19,7 @@ from streamprior.sinks.tiled_api import probe
 from streamprior.sources.files import open_recording
 from streamprior.sources.zmq import ZmqPull
 from streamprior.stages.prepare import load_corrections
-from streamprior.stages.recipe import plan_of
+from streamprior.stages.recipe import judges_chi2, plan_of
 
 _LEAST_FREE_BYTES = 10 * 2**30
 """10 GiB hold about 100,000 frames of 128 x 128 with objects of 64 x 64."""
@@ -78,7 +78,8 @@ def _refine(config: Config) -> str:
         return f"{plan.schedule}; what is tried before it, the prior would tell"
     arms = 1 + (0 if library is None else min(config.refine.candidates, len(library.psi)))
     tried = f"{arms - 1} of {len(library.psi)} prototypes and a flat start" if library is not None and arms > 1 else "a flat start alone"
-    return f"{tried}, at most {plan.iterations(arms)} iterations, {plan.ffts(arms)} FFTs a frame: {plan.schedule}"
+    words = f"{tried}, at most {plan.iterations(arms)} iterations, {plan.ffts(arms)} FFTs a frame: {plan.schedule}"
+    return words if judges_chi2(config.refine) else f"{words}; chi2 raises no alarm, its baseline is that of the default settings"
 
 
 def _source(config: Config) -> str:

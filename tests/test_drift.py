@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streamprior.config import DriftSettings, PrepareSettings, RefineSettings
+from streamprior.crew import think
 from streamprior.prior import Geometry, Prior
 from streamprior.records import NOT_MEASURED, Flag, Result
 from streamprior.stages.drift import DriftWatch, mask_numbers, measured_here, signals
-from tests.builders import NAMES, make_run, small_prior
+from streamprior.stages.recipe import Recipe
+from tests.builders import NAMES, diffraction, make_frame, make_run, small_prior
 
 SHAPE = (32, 32)
 
@@ -252,3 +255,18 @@ def test_a_frame_fainter_than_any_of_the_training_is_judged_by_its_flux_alone() 
     assert watch(faint).score["flux"] == pytest.approx(-4)
     assert watch(faint).alarms == ()
     assert set(watch(bright).alarms) == {"chi2", "class_distance"}
+
+
+def test_chi2_is_judged_only_where_frames_go_through_what_its_baseline_was_made_with() -> None:
+    prior = small_prior(baselines={"flux": (5.0, 1.0), "chi2_over_floor": (0.1, 0.001)})
+    frames = [make_frame(diffraction()[0])]
+    scores = {}
+    for name, settings in (("default", RefineSettings()), ("other", RefineSettings(iterations=5)), ("weighed", RefineSettings(weight=0.1))):
+        recipe = Recipe(prior, PrepareSettings(), settings, DriftSettings())
+        (result,) = think(recipe.stages(), prior, make_run(), frames)
+        (watch,) = recipe.watches()
+        watch.begin(make_run())
+        scores[name] = watch(result).score["chi2"]
+    assert abs(scores["default"]) > 5
+    assert np.isnan(scores["other"])
+    assert np.isnan(scores["weighed"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,7 +58,10 @@ class Recipe:
         return (*always, Matcher(self.prior, self.refine.candidates), refiner)
 
     def watches(self) -> Sequence[Watch]:
-        return (DriftWatch(self.prior, self.drift.limit, self.drift.patience),)
+        prior = self.prior
+        if not judges_chi2(self.refine):
+            prior = replace(prior, baselines={name: pair for name, pair in prior.baselines.items() if name != "chi2_over_floor"})
+        return (DriftWatch(prior, self.drift.limit, self.drift.patience),)
 
     def warm_up(self) -> None:
         """Compile the kernels and plan the FFTs on a blank frame of each dtype: the first frame of a run is as quick as the last."""
@@ -72,6 +75,13 @@ class Recipe:
             batch = Batch(run, (Frame("", "", 0, blank, 0.0), Frame("", "", 1, frozen, 0.0)))
             for stage in stages:
                 batch = stage(batch)
+
+
+def judges_chi2(settings: RefineSettings) -> bool:
+    """Whether the prior's baseline of chi2 is for what a frame goes through: training makes it with the default settings."""
+    usual = RefineSettings()
+    alike = settings.candidates == usual.candidates and settings.weight == usual.weight and settings.free_fraction == usual.free_fraction
+    return alike and plan_of(settings) == plan_of(usual)
 
 
 def plan_of(settings: RefineSettings) -> Plan:
