@@ -11,8 +11,9 @@ import numpy as np
 import scipy.constants
 
 from streamprior.errors import ConfigError
+from streamprior_sim.gold_balls import Scan
 from streamprior_sim.optics import sample_pixel_m
-from streamprior_sim.twin import Progress, Recording
+from streamprior_sim.twin import Progress, Recording, Twin
 
 _CXI_VERSION = 140
 _BAD_PIXEL = 1  # CXI 1.4, pixel status: "pixel is invalid"
@@ -30,7 +31,8 @@ def save(recording: Recording, path: str | os.PathLike[str], frames: slice | Non
     -------
     Path
         Of the file: `/entry_1/instrument_1/detector_1/data` (N, rows, columns) and, where the recording has positions,
-        `/entry_1/sample_1/geometry_1/translation` (N, 3) metres of *sample* motion, the negative of the probe's.
+        `/entry_1/sample_1/geometry_1/translation` (N, 3) metres of *sample* motion, the negative of the probe's as the stage reports it;
+        NaN where it reports nothing. A ptychography twin adds its probe and, under `/entry_1/twin`, its truth.
 
     Raises
     ------
@@ -49,12 +51,11 @@ def save(recording: Recording, path: str | os.PathLike[str], frames: slice | Non
         _describe(file, detector, recording)
         _write_frames(detector, recording, chosen, progress)
         file["entry_1/data_1/data"] = h5py.SoftLink(detector.name + "/data")
-        positions = [recording.position(index) for index in chosen]
-        if None not in positions:
-            moved = np.zeros((len(chosen), 3))
-            moved[:, :2] = -np.array(positions)
-            file["entry_1/sample_1/geometry_1/translation"] = moved
-            file["entry_1/sample_1/geometry_1/translation"].attrs["units"] = "m, sample motion (x, y, z)"
+        _write_positions(file, recording, chosen)
+        # A recording that is replayed knows no truth; only the twin does.
+        scan = recording.scan() if isinstance(recording, Twin) else None
+        if scan is not None:
+            _write_truth(file, scan, chosen)
     partial.replace(target)
     return target
 
@@ -75,6 +76,25 @@ def _describe(file: Any, detector: Any, recording: Recording) -> None:
         detector["count_time"] = about.frame_time_s
     if about.shape and about.pixel_m and about.distance_m and about.energy_ev:
         detector["sample_pixel_m"] = sample_pixel_m(about.shape, about.pixel_m, about.distance_m, about.energy_ev)
+
+
+def _write_positions(file: Any, recording: Recording, chosen: range) -> None:
+    positions = [recording.position(index) for index in chosen]
+    if all(position is None for position in positions):
+        return
+    moved = np.zeros((len(chosen), 3))
+    moved[:, :2] = [(np.nan, np.nan) if position is None else (-position[0], -position[1]) for position in positions]
+    file["entry_1/sample_1/geometry_1/translation"] = moved
+    file["entry_1/sample_1/geometry_1/translation"].attrs["units"] = "m, sample motion (x, y, z); NaN where none was reported"
+
+
+def _write_truth(file: Any, scan: Scan, chosen: range) -> None:
+    """What a reconstruction should find: probe (modes, H, W), object, and the corners (N, 2) of the probe window, in its pixels."""
+    file["entry_1/instrument_1/source_1/illumination"] = scan.probe
+    file["entry_1/twin/object"] = scan.object
+    file["entry_1/twin/object"].attrs["pixel_m"] = scan.pixel_m
+    file["entry_1/twin/corners"] = scan.corners[list(chosen)]
+    file["entry_1/twin/corners"].attrs["units"] = "object pixels (row, column); where the beam was"
 
 
 def _write_frames(detector: Any, recording: Recording, chosen: range, progress: Progress | None) -> None:

@@ -77,6 +77,11 @@ def expose(
     return np.minimum(counts, no_data).astype(settings.dtype)
 
 
+def no_data(settings: DetectorSettings) -> npt.NDArray[Any]:
+    """A frame (rows, columns) of the detector's dtype whose readout failed: every pixel reads the dtype's maximum."""
+    return np.full(settings.shape, np.iinfo(settings.dtype).max, settings.dtype)
+
+
 def _at(places: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
     pixels = np.zeros(shape, np.bool_)
     pixels.ravel()[places] = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import datetime
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import cbor2
 import numpy as np
 
 from streamprior.records import Frame
@@ -18,6 +20,8 @@ KINDS: Mapping[str, str | None] = {
     "lost": None,
     "duplicated": None,
     "late": None,
+    "position_missing": None,
+    "position_late": None,
     "garbage": "not_cbor",
     "truncated": "not_cbor",
     "oversized": "too_large",
@@ -27,7 +31,10 @@ KINDS: Mapping[str, str | None] = {
 """Every kind of fault, and the reason (`WireError.REASONS`) for which its message is quarantined; None where nothing is."""
 
 _OF_THE_SERIES = ("start_missing", "end_missing")
-_LATE_BY = 3  # images that overtake a late one
+_OF_THE_POSITION = ("position_missing", "position_late")
+_WHOLE = (None, "duplicated", "late", *_OF_THE_POSITION)  # what may befall an image that is understood in the end
+_LATE_BY = 3  # images that overtake a late one, or come before a late position does
+_SELF_DESCRIBED = 55799
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,7 @@ class Forecast:
     expected : frames that the start message announces, None where it is missing. received : messages that are no start or end.
     published : indices of the frames that come through, ascending. duplicates : frames that come a second time.
     quarantined : reason -> messages. missing : frames expected (or, without a start, up to the last one seen) that never came whole.
+    positions : indices of the published frames whose position comes too, with the image or later, where the recording has it.
     """
 
     expected: int | None
@@ -53,6 +61,7 @@ class Forecast:
     duplicates: int
     quarantined: Mapping[str, int]
     missing: int
+    positions: tuple[int, ...]
 
 
 def scatter(counts: Mapping[str, int], frames: int, seed: int) -> tuple[Fault, ...]:
@@ -78,6 +87,9 @@ def inject(
 ) -> Iterator[bytes]:
     """The stream with the faults in it.
 
+    A late position comes in the user_data of a later image, as "positions_m": [[index, x, y], ...]: the first one that is understood
+    and at least three images later, else the last one that is understood.
+
     Parameters
     ----------
     messages : a start message, images in order of their index, an end message.
@@ -89,6 +101,8 @@ def inject(
     rng = np.random.default_rng(seed)
     held: list[tuple[int, bytes]] = []  # (index after which it goes out, message)
     stream = iter(messages)
+    if any(kind in _OF_THE_POSITION for kind in by_index.values()):
+        stream = _withholding(stream, by_index)
     start = next(stream)
     if "start_missing" not in missing:
         yield start
@@ -114,6 +128,7 @@ def forecast(faults: Sequence[Fault], frames: int) -> Forecast:
     _check(faults, frames)
     kinds = Counter(fault.kind for fault in faults)
     gone = {fault.index for fault in faults if fault.kind == "lost" or KINDS[fault.kind] is not None}
+    silent = {fault.index for fault in faults if fault.kind == "position_missing"}
     published = tuple(index for index in range(frames) if index not in gone)
     quarantined: Counter[str] = Counter()
     for kind, count in kinds.items():
@@ -129,7 +144,41 @@ def forecast(faults: Sequence[Fault], frames: int) -> Forecast:
         duplicates=kinds["duplicated"],
         quarantined=dict(quarantined),
         missing=extent - len(published),
+        positions=tuple(index for index in published if index not in silent),
     )
+
+
+def _withholding(stream: Iterator[bytes], by_index: Mapping[int | None, str]) -> Iterator[bytes]:
+    """The stream with its missing positions left out and its late ones on later images."""
+    start = next(stream)
+    carriers = _carriers(by_index, int(cbor2.loads(start)["number_of_images"]))
+    yield start
+    held: dict[int, list[list[float]]] = {}  # carrying image -> positions
+    for index, message in enumerate(stream):
+        if by_index.get(index) in _OF_THE_POSITION:
+            message, position = _without_position(message)
+            if index in carriers and position is not None:
+                held.setdefault(carriers[index], []).append([index, *position])
+        yield _with_user_data(message, {"positions_m": held.pop(index)}) if index in held else message
+
+
+def _carriers(by_index: Mapping[int | None, str], frames: int) -> dict[int, int]:
+    """Late position -> the image that brings it. There always is one: an image whose position is late is itself understood."""
+    whole = [index for index in range(frames) if by_index.get(index) in _WHOLE]
+    late = [index for index, kind in by_index.items() if index is not None and kind == "position_late"]
+    return {index: whole[min(bisect.bisect_left(whole, index + _LATE_BY), len(whole) - 1)] for index in late}
+
+
+def _without_position(message: bytes) -> tuple[bytes, Sequence[float] | None]:
+    item = dict(cbor2.loads(message))
+    told = dict(item["user_data"])
+    position = told.pop("position_m", None)
+    return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, item | {"user_data": told})), position
+
+
+def _with_user_data(message: bytes, more: Mapping[str, object]) -> bytes:
+    item = dict(cbor2.loads(message))
+    return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, item | {"user_data": {**item["user_data"], **more}}))
 
 
 def _struck(message: bytes, kind: str | None, rng: np.random.Generator, oversized_bytes: int) -> Iterator[bytes]:
@@ -177,7 +226,7 @@ def _check(faults: Sequence[Fault], frames: int) -> None:
         if fault.index in struck:
             raise ValueError(f"{fault.kind} and {struck[fault.index]} both strike image {fault.index}")
         struck[fault.index] = fault.kind
-    first_whole = next((index for index in range(frames) if struck.get(index) in (None, "duplicated")), frames)
+    first_whole = next((index for index in range(frames) if struck.get(index) in (None, "duplicated", *_OF_THE_POSITION)), frames)
     for index, kind in struck.items():
         if kind in ("wrong_dtype", "wrong_shape") and index < first_whole:
             raise ValueError(f"{kind} at image {index}: no whole image comes before it, so a receiver would take it for the right one")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -11,7 +11,14 @@ import numpy.typing as npt
 import xraydb
 
 from streamprior.errors import ConfigError
-from streamprior_sim.optics import sample_pixel_m, wavelength_m, zone_plate_probe
+from streamprior_sim.optics import (
+    intensity,
+    partially_coherent,
+    propagated,
+    sample_pixel_m,
+    wavelength_m,
+    zone_plate_probe,
+)
 from streamprior_sim.scenario import GoldBallSettings, Scenario
 
 _GOLD = "Au", 19.3  # g/cm3 (xraydb)
@@ -19,51 +26,163 @@ _MEMBRANE = "Si3N4", 3.17  # g/cm3, stoichiometric bulk nitride
 _MARGIN_PX = 2
 
 
+@dataclass(frozen=True)
+class Beam:
+    """How the beam differs from modes that are steady.
+
+    vibration_px : (rows, columns), rms during one exposure, object pixels. coherence_px : (rows, columns), transverse coherence length of
+    each mode, object pixels; None where it is beyond all others. defocus_m_per_frame : the probe is that much further from its focus
+    with every frame, metres.
+    """
+
+    energy_ev: float
+    vibration_px: tuple[float, float] = (0.0, 0.0)
+    coherence_px: tuple[float, float] | None = None
+    defocus_m_per_frame: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A ptychography run. Positions are whole object pixels, so that a frame's patch is its truth without interpolation.
+    """A ptychography run.
 
-    object : (rows, columns) complex64, transmission. probe : (modes, H, W) complex64, sum of |probe|^2 = photons of an empty frame.
-    corners : (N, 2) int, (row, column) of the probe window in the object; frame i is at corner i modulo N.
+    object : (rows, columns) complex64, transmission. probe : (modes, H, W) complex64 of frame 0 on whole pixels, sum of |probe|^2 = photons
+    of an empty frame.
+    corners : (N, 2) float64, (row, column) of the probe window in the object, pixels: where the beam was on each frame.
+    reported : (N, 2) float64, the same as the stage tells it; NaN where it tells nothing.
     pixel_m : pitch of object and probe along rows and columns, metres.
     """
 
     object: npt.NDArray[np.complex64]
     probe: npt.NDArray[np.complex64]
-    corners: npt.NDArray[np.int64]
+    corners: npt.NDArray[np.float64]
+    reported: npt.NDArray[np.float64]
     pixel_m: tuple[float, float]
+    beam: Beam
 
     def patch(self, index: int) -> npt.NDArray[np.complex64]:
-        """(H, W) complex64: the part of the object that frame `index` sees."""
-        row, column = self.corners[index % len(self.corners)]
+        """(H, W) complex64: the part of the object that frame `index` sees, the nearest whole pixels."""
+        row, column = np.rint(self.corners[index]).astype(np.int64)
         return self.object[row : row + self.probe.shape[1], column : column + self.probe.shape[2]]
 
-    def position_m(self, index: int) -> tuple[float, float]:
-        """(x, y) of the probe's centre, metres from the object's first pixel: x along columns, y along rows."""
-        row, column = self.corners[index % len(self.corners)]
-        y = (row + self.probe.shape[1] // 2) * self.pixel_m[0]
-        x = (column + self.probe.shape[2] // 2) * self.pixel_m[1]
+    def probe_of(self, index: int) -> npt.NDArray[np.complex64]:
+        """(modes, H, W) complex64: the probe of frame `index` on its patch; it holds the fraction of a pixel that the patch does not."""
+        return self._probes(index, np.zeros((1, 2)))[0]
+
+    def photons(self, index: int, field: npt.NDArray[np.complex64]) -> npt.NDArray[np.float64]:
+        """Expected photons (H, W) float64 of frame `index`, its probe multiplied by `field` (H, W): flux and tilt."""
+        weights, offsets = _shakes(self.beam.vibration_px)
+        shaken = self._probes(index, offsets) * np.sqrt(weights, dtype=np.float32)[:, None, None, None] * field
+        probe = shaken.reshape(-1, *field.shape)
+        if self.beam.coherence_px is None:
+            return intensity(self.patch(index), probe)
+        return partially_coherent(self.patch(index), probe, self.beam.coherence_px)
+
+    def position_m(self, index: int) -> tuple[float, float] | None:
+        """(x, y) of the probe's centre as the stage reports it, metres from the object's first pixel: x along columns, y along rows."""
+        return None if np.isnan(self.reported[index]).any() else self._place_m(self.reported[index])
+
+    def true_position_m(self, index: int) -> tuple[float, float]:
+        """(x, y) of the probe's centre where it was, metres from the object's first pixel."""
+        return self._place_m(self.corners[index])
+
+    def _place_m(self, corner: npt.NDArray[np.float64]) -> tuple[float, float]:
+        y = (corner[0] + self.probe.shape[1] // 2) * self.pixel_m[0]
+        x = (corner[1] + self.probe.shape[2] // 2) * self.pixel_m[1]
         return float(x), float(y)
+
+    def _probes(self, index: int, offsets_px: npt.NDArray[np.float64]) -> npt.NDArray[np.complex64]:
+        """(K, modes, H, W): the probe of frame `index` on its patch, moved by each of the offsets (K, 2)."""
+        corner = self.corners[index]
+        shifts_px = corner - np.rint(corner) + offsets_px
+        defocus_m = self.beam.defocus_m_per_frame * index
+        # On whole pixels nothing is transformed, so that not even rounding tells such a frame from one of a scan without fractions.
+        if not shifts_px.any() and not defocus_m:
+            return self.probe[None]
+        return propagated(self.probe, shifts_px, defocus_m, self.pixel_m, self.beam.energy_ev)
+
+
+def _shakes(vibration_px: tuple[float, float]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Weights (K,) and offsets (K, 2), pixels, of the places where a shaking probe is during one exposure; they add up incoherently.
+
+    Gauss-Hermite quadrature with three nodes an axis: exact for what the frame does with the offset up to its fifth power.
+    """
+    if not any(vibration_px):
+        return np.ones(1), np.zeros((1, 2))
+    nodes = ((1 / 6, -(3**0.5)), (2 / 3, 0.0), (1 / 6, 3**0.5))
+    weights = np.array([p * q for p, _ in nodes for q, _ in nodes])
+    return weights, np.array([(row, column) for _, row in nodes for _, column in nodes]) * vibration_px
 
 
 def scan_of(scenario: Scenario, settings: GoldBallSettings) -> Scan:
-    """The scenario's scan. Raises ConfigError where the published file is absent or does not fit the detector."""
+    """The scenario's scan. Raises ConfigError where the published file is absent, does not fit the detector or is left by the beam."""
     detector = scenario.detector
     pixel_m = sample_pixel_m(detector.shape, detector.pixel_um * 1e-6, detector.distance_m, scenario.energy_ev)
-    if settings.data is not None:
-        return _published(scenario, settings.data, pixel_m)
+    told = _made(scenario, settings, pixel_m) if settings.data is None else _published(scenario, settings, settings.data, pixel_m)
+    return _with_room(_astray(told, scenario, settings), scenario, settings)
+
+
+def _made(scenario: Scenario, settings: GoldBallSettings, pixel_m: tuple[float, float]) -> Scan:
+    detector = scenario.detector
     rng = np.random.default_rng(np.random.SeedSequence(scenario.seed if settings.seed is None else settings.seed, spawn_key=(1,)))
     places_m = _raster(scenario.frames, settings.step_nm * 1e-9)
     if settings.scan == "fermat":
         places_m = _fermat(scenario.frames, settings.step_nm * 1e-9)
-    corners = np.rint((places_m - places_m.min(0)) / pixel_m).astype(np.int64) + _MARGIN_PX
-    size = corners.max(0) + np.array(detector.shape) + _MARGIN_PX
+    places = (places_m - places_m.min(0)) / pixel_m
+    # The sample's size is that of the rounded scan, so that the same seed is the same sample whatever befalls the positions.
+    size = np.rint(places).astype(np.int64).max(0) + np.array(detector.shape) + 2 * _MARGIN_PX
     probe = zone_plate_probe(detector.shape, pixel_m, scenario.energy_ev, settings.defocus_um * 1e-6, settings.second_mode)
+    corners = _MARGIN_PX + (places if settings.subpixel else np.rint(places))
     return Scan(
         object=_balls((int(size[0]), int(size[1])), pixel_m, scenario.energy_ev, settings, rng),
         probe=(probe * np.sqrt(scenario.dose_photons)).astype(np.complex64),
         corners=corners,
+        reported=corners,
         pixel_m=pixel_m,
+        beam=Beam(scenario.energy_ev),
+    )
+
+
+def _astray(told: Scan, scenario: Scenario, settings: GoldBallSettings) -> Scan:
+    """The scan of a beam that is not where the stage says, and does not keep still there."""
+    index = np.arange(scenario.frames)
+    reported = told.corners[index % len(told.corners)]
+    # One generator for all frames: a frame's numbers come from its place in the sequence, whatever the number of frames.
+    jitter, silence = (np.random.default_rng(np.random.SeedSequence(scenario.seed, spawn_key=(key,))) for key in (3, 4))
+    error_nm = settings.jitter_nm * jitter.standard_normal(reported.shape) + np.multiply.outer(index, settings.drift_nm_per_frame)
+    silent = silence.random(scenario.frames) < settings.position_missing_share
+    rows, columns = told.pixel_m
+    coherence_m, vibration_m = settings.coherence_um * 1e-6, settings.vibration_nm * 1e-9
+    return replace(
+        told,
+        corners=reported + error_nm * 1e-9 / told.pixel_m,
+        reported=np.where(silent[:, None], np.nan, reported),
+        beam=Beam(
+            energy_ev=scenario.energy_ev,
+            vibration_px=(vibration_m / rows, vibration_m / columns),
+            coherence_px=(coherence_m / rows, coherence_m / columns) if coherence_m else None,
+            defocus_m_per_frame=settings.defocus_um_per_frame * 1e-6,
+        ),
+    )
+
+
+def _with_room(scan: Scan, scenario: Scenario, settings: GoldBallSettings) -> Scan:
+    """The scan with as much bare membrane around its object as the beam's errors need; none is known around a published one."""
+    before = np.maximum(0, np.ceil(-scan.corners.min(0))).astype(np.int64)
+    reach = np.ceil(scan.corners.max(0)).astype(np.int64) + scan.probe.shape[1:]
+    after = np.maximum(0, reach - scan.object.shape)
+    if not before.any() and not after.any():
+        return scan
+    if settings.data is not None:
+        raise ConfigError(
+            f"scenario {scenario.name}: sample.data {settings.data}: the beam leaves its object by {max(before.max(), after.max())} pixels;"
+            " make sample.drift_nm_per_frame or sample.jitter_nm smaller"
+        )
+    membrane = _membrane(scenario.energy_ev, settings)
+    return replace(
+        scan,
+        object=np.pad(scan.object, tuple(zip(before, after, strict=True)), constant_values=membrane),
+        corners=scan.corners + before,
+        reported=scan.reported + before,
     )
 
 
@@ -84,8 +203,11 @@ def _balls(
     for cluster in rng.uniform(0, 1, (clusters, 2)) * extent:
         for ball in _cluster(cluster, 2 * radius, max(1, int(rng.poisson(settings.balls_per_cluster))), rng):
             _add_ball(thickness, ball, radius, pixel_m)
-    membrane = transmission(np.array(settings.membrane_nm * 1e-9), _MEMBRANE, energy_ev)
-    return np.asarray(membrane * transmission(thickness, _GOLD, energy_ev), np.complex64)
+    return np.asarray(_membrane(energy_ev, settings) * transmission(thickness, _GOLD, energy_ev), np.complex64)
+
+
+def _membrane(energy_ev: float, settings: GoldBallSettings) -> npt.NDArray[np.complex128]:
+    return transmission(np.array(settings.membrane_nm * 1e-9), _MEMBRANE, energy_ev)
 
 
 def _cluster(centre_m: npt.NDArray[np.float64], diameter_m: float, members: int, rng: np.random.Generator) -> list[npt.NDArray[np.float64]]:
@@ -129,7 +251,7 @@ def _fermat(count: int, step_m: float) -> npt.NDArray[np.float64]:
     return np.column_stack([radius * np.sin(angle), radius * np.cos(angle)])
 
 
-def _published(scenario: Scenario, path: Path, pixel_m: tuple[float, float]) -> Scan:
+def _published(scenario: Scenario, settings: GoldBallSettings, path: Path, pixel_m: tuple[float, float]) -> Scan:
     where = f"scenario {scenario.name}: sample.data {path}"
     try:
         with h5py.File(path, "r") as file:
@@ -148,6 +270,7 @@ def _published(scenario: Scenario, path: Path, pixel_m: tuple[float, float]) -> 
     places = translation @ np.linalg.pinv(basis).T
     # The reconstruction pads the scanned region by the same margin on every side.
     margin = (np.array(full.shape) - np.ptp(places, axis=0) - probe.shape[1:]) / 2
-    corners = np.rint(places - places.min(0) + margin).astype(np.int64)
+    corners = places - places.min(0) + margin
+    corners = corners if settings.subpixel else np.rint(corners)
     scale = np.sqrt(scenario.dose_photons / float((np.abs(probe) ** 2).sum()))
-    return Scan(full.astype(np.complex64), (probe * scale).astype(np.complex64), corners, own_m)
+    return Scan(full.astype(np.complex64), (probe * scale).astype(np.complex64), corners, corners, own_m, Beam(scenario.energy_ev))

@@ -43,6 +43,60 @@ def intensity(psi: npt.NDArray[np.complex64], probe: npt.NDArray[np.complex64] |
     return np.asarray(photons if probe is None else photons.sum(0))
 
 
+def partially_coherent(
+    psi: npt.NDArray[np.complex64], probe: npt.NDArray[np.complex64], coherence_px: tuple[float, float]
+) -> npt.NDArray[np.float64]:
+    """Expected photons (H, W) of an object under modes of limited transverse coherence: `intensity`, blurred, with not a photon lost.
+
+    The Gaussian Schell model (Vartanyants & Singer, New J. Phys. 12, 035004, 2010) multiplies the exit wave's autocorrelation by
+    exp(-r^2 / (2 xi^2)), xi = coherence_px object pixels (rows, columns). On the detector that is a convolution with a Gaussian of
+    N / (2 pi xi) pixels rms, the source's picture: the incoherent sum of the frames that its points make, each at its own angle.
+    Padding to twice the size keeps the autocorrelation's lags apart; blurring the sampled frame instead would be wrong below one pixel.
+    """
+    shape = psi.shape
+    lags = [scipy.fft.fftfreq(2 * n, 1 / (2 * n)) for n in shape]
+    degree = np.exp(-((lags[0] / coherence_px[0]) ** 2)[:, None] / 2 - (lags[1] / coherence_px[1]) ** 2 / 2)
+    field = scipy.fft.fft2(probe * psi, s=(2 * shape[0], 2 * shape[1]))
+    power = np.square(field.real, dtype=np.float64) + np.square(field.imag, dtype=np.float64)
+    correlation = scipy.fft.ifft2(power.sum(0)) * degree
+    folded = correlation.reshape(2, shape[0], 2, shape[1]).sum((0, 2))
+    photons = scipy.fft.fftshift(scipy.fft.fft2(folded).real) / (shape[0] * shape[1])
+    # Rounding leaves dark pixels a little below zero, which no Poisson distribution takes.
+    return np.asarray(np.maximum(photons, 0.0))
+
+
+def propagated(
+    field: npt.NDArray[np.complex64],
+    shifts_px: npt.NDArray[np.float64],
+    distance_m: float,
+    pixel_m: tuple[float, float],
+    energy_ev: float,
+) -> npt.NDArray[np.complex64]:
+    """A field of the sample plane, `distance_m` further on and moved sideways; its power stays.
+
+    Parameters
+    ----------
+    field : (..., H, W) complex64, centred.
+    shifts_px : (K, 2) float64, (rows, columns) pixels, fractions too; what leaves the window on one side comes in on the other.
+
+    Returns
+    -------
+    (K, ..., H, W) complex64: one for each shift.
+    """
+    shape = field.shape[-2], field.shape[-1]
+    transfers = np.array([ramp(shape, (-rows, -columns)) for rows, columns in shifts_px])
+    if distance_m:
+        transfers *= fresnel(shape, pixel_m, energy_ev, distance_m).astype(np.complex64)
+    return back(far_field(field) * transfers.reshape(len(shifts_px), *(1,) * (field.ndim - 2), *shape))
+
+
+def fresnel(shape: tuple[int, int], pixel_m: tuple[float, float], energy_ev: float, distance_m: float) -> npt.NDArray[np.complex128]:
+    """Fresnel propagation in the far field (H, W): exp(-i pi lambda z q^2) with q in cycles per metre."""
+    rows, columns = (np.arange(n) - n // 2 for n in shape)
+    spatial = (rows[:, None] / (shape[0] * pixel_m[0])) ** 2 + (columns / (shape[1] * pixel_m[1])) ** 2
+    return np.asarray(np.exp(-1j * np.pi * wavelength_m(energy_ev) * distance_m * spatial))
+
+
 def ramp(shape: tuple[int, int], shift_px: tuple[float, float]) -> npt.NDArray[np.complex64]:
     """Phase (H, W) that moves a field's diffraction by (rows, columns) pixels, fractions too."""
     rows = np.exp(2j * np.pi * shift_px[0] * (np.arange(shape[0]) - shape[0] // 2) / shape[0])
@@ -61,9 +115,7 @@ def zone_plate_probe(
     rows, columns = (np.arange(n) - n // 2 for n in shape)
     radius = np.hypot(rows[:, None] * (104 / shape[0]), columns * (104 / shape[1]))
     pupil = 1 / (1 + np.exp(np.clip((radius - 12) * 1.5, -50, 50))) - 1 / (1 + np.exp(np.clip((radius - 4) * 1.5, -50, 50)))
-    # Fresnel propagation by the defocus: exp(-i pi lambda z q^2) with q in cycles per metre.
-    spatial = (rows[:, None] / (shape[0] * pixel_m[0])) ** 2 + (columns / (shape[1] * pixel_m[1])) ** 2
-    first = pupil * np.exp(-1j * np.pi * wavelength_m(energy_ev) * defocus_m * spatial)
+    first = pupil * fresnel(shape, pixel_m, energy_ev, defocus_m)
     modes = [first * np.sqrt(1 - second_mode) / np.linalg.norm(first)]
     if second_mode > 0:
         second = first * (rows[:, None] + 0.5 * columns)

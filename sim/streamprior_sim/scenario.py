@@ -82,6 +82,24 @@ class GoldBallSettings(BaseModel):
     """Share of the photons in the second probe mode; 0.06 in the published reconstruction of CXIDB 65."""
     defocus_um: float = 1.2
     """Distance of the sample from the focus, micrometres: it widens the probe, so that neighbouring positions overlap."""
+    defocus_um_per_frame: float = 0.0
+    """Further distance from the focus with every frame, micrometres: a warming zone plate or sample changes the probe slowly."""
+    subpixel: bool = False
+    """Whether the stage goes to fractions of an object pixel; if not, a frame's patch is its truth without any interpolation."""
+    jitter_nm: float = Field(default=0.0, ge=0, le=1000)
+    """Where the beam is, against what the stage reports: rms along rows and along columns, nanometres, anew on every frame.
+    Encoders and stages of scanning microscopes leave some nanometres, a laboratory's open-loop stage tens."""
+    drift_nm_per_frame: tuple[float, float] = (0.0, 0.0)
+    """Movement of the beam over the sample (rows, columns) that the stage does not report, nanometres per frame: heat expands a mount."""
+    position_missing_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the frames for which the stage reports nothing: an encoder's messages get lost."""
+    vibration_nm: float = Field(default=0.0, ge=0, le=30)
+    """Movement of the beam during one exposure: rms along rows and along columns, nanometres. Three points an axis stand for it, which
+    resolve no more than 30."""
+    coherence_um: float = Field(default=0.0, ge=0)
+    """Transverse coherence length xi at the sample, micrometres: the degree of coherence of two points r apart is exp(-r^2 / (2 xi^2)), the
+    Gaussian Schell model (Vartanyants & Singer, New J. Phys. 12, 035004, 2010). It blurs the diffraction by a Gaussian of
+    wavelength * distance / (2 pi xi) rms. 0 is full coherence of each mode."""
 
 
 class DetectorSettings(BaseModel):
@@ -115,15 +133,19 @@ class DetectorSettings(BaseModel):
     """Gaps between modules: [first row, row after the last]; they read the dtype's maximum."""
     gap_columns: tuple[tuple[int, int], ...] = ()
     """The same along columns."""
+    no_data_frames: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Frames whose every pixel reads the dtype's maximum: integers hold no NaN, and so a failed readout shows."""
 
 
 class StepSettings(BaseModel):
-    """Something that happens at one frame and stays."""
+    """Something that happens at one frame, and stays or passes."""
 
     model_config = _FROZEN
 
     frame: int = Field(ge=0)
     """First frame that shows it."""
+    frames: int = Field(default=0, ge=0)
+    """Frames that show it, for example a beam dump's with flux 0; 0 is all that follow."""
     centre_px: tuple[float, float] = (0.0, 0.0)
     """The beam jumps by (rows, columns), pixels."""
     flux: float = Field(default=1.0, ge=0)

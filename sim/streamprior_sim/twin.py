@@ -13,10 +13,10 @@ from streamprior.errors import ConfigError
 from streamprior.records import Detector
 from streamprior_sim.bragg import RockingCurve
 from streamprior_sim.crystals import Collection, collection_of
-from streamprior_sim.detector import expose, make_sensor
+from streamprior_sim.detector import expose, make_sensor, no_data
 from streamprior_sim.gold_balls import Scan, scan_of
 from streamprior_sim.optics import intensity, ramp
-from streamprior_sim.scenario import CollectionSettings, CrystalSettings, Scenario
+from streamprior_sim.scenario import CollectionSettings, CrystalSettings, Scenario, StepSettings
 
 _HOT_BLOCK_PX = 4
 
@@ -26,15 +26,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Truth:
-    """What the detector would have seen without noise: `optics.intensity(object, probe)` are the photons expected, background aside.
+    """What stands behind a frame: `optics.intensity(object, probe)` are the photons expected, background aside, of a beam that keeps still
+    during the exposure and is as coherent as its modes; `Twin.expected` knows vibration and coherence too.
 
     object : (H, W) complex64. Bragg: the exit wave, flux and the ramp of a shifted centre included. Ptychography: the patch of the
         sample's transmission under the probe.
-    probe : (modes, H, W) complex64, flux and ramp included; None for Bragg.
-    position : (x, y) of the probe on the sample, metres; None for Bragg.
+    probe : (modes, H, W) complex64, flux, ramp, defocus and the position's fraction of a pixel included; None for Bragg.
+    position : (x, y) where the probe was on the sample, metres, whatever the stage reports; None for Bragg.
     centre : (row, column) of the beam or peak on the detector, pixels. flux : relative to the scenario's dose.
     valid : (H, W) bool, False on every pixel that is dead, hot, in a gap or behind the beam stop, known to the detector or not.
-        A pixel that saturates shows it by the dtype's maximum.
+        A pixel that saturates shows it by the dtype's maximum. All False where the readout failed.
     morphology : what the frame shows, by name; None but for a collection of crystals.
     """
 
@@ -78,31 +79,46 @@ class Twin:
 
     def frame(self, index: int) -> npt.NDArray[Any]:
         """(rows, columns) of the detector's dtype, counts. Raises IndexError outside 0 <= index < len."""
-        truth = self.truth(index)
+        expected = self.expected(index)
+        if index in self.scenario.detector.no_data_frames:
+            return no_data(self.scenario.detector)
         rng = np.random.default_rng([self.scenario.seed, index])
-        return expose(intensity(truth.object, truth.probe), self._sensor, self._hot_blocks(index), rng)
+        return expose(expected, self._sensor, self._hot_blocks(index), rng)
+
+    def expected(self, index: int) -> npt.NDArray[np.float64]:
+        """(rows, columns) photons that reach the detector on average, background aside. Raises IndexError outside 0 <= index < len."""
+        self._check(index)
+        if isinstance(self._source, Scan):
+            return self._source.photons(index, self._field(index))
+        return intensity(self._source.exit_wave(index) * self._field(index))
 
     def truth(self, index: int) -> Truth:
         """What is behind frame `index`. Raises IndexError outside 0 <= index < len."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"frame {index} of {len(self)}")
-        flux, shift = self._flux(index), self._shift(index)
-        field = np.sqrt(np.float32(flux)) * ramp(self.scenario.detector.shape, shift)
+        self._check(index)
+        shift = self._shift(index)
         height, width = self.scenario.detector.shape
-        psi, probe = self._psi_and_probe(index, field)
+        psi, probe = self._psi_and_probe(index)
+        failed = index in self.scenario.detector.no_data_frames
         return Truth(
             object=psi,
             probe=probe,
-            position=self.position(index),
+            position=self._source.true_position_m(index) if isinstance(self._source, Scan) else None,
             centre=(height // 2 + shift[0], width // 2 + shift[1]),
-            flux=flux,
-            valid=~(self._sensor.unusable | self._hot_blocks(index)),
+            flux=self._flux(index),
+            valid=~(self._sensor.unusable | self._hot_blocks(index) | failed),
             morphology=self._source.morphology(index) if isinstance(self._source, Collection) else None,
         )
 
     def position(self, index: int) -> tuple[float, float] | None:
-        """(x, y) of the probe on the sample, metres: x along the columns of a frame, y along its rows. None for Bragg."""
+        """(x, y) of the probe on the sample as the stage reports it, metres: x along the columns of a frame, y along its rows.
+
+        None for Bragg and where the stage reports nothing.
+        """
         return self._source.position_m(index) if isinstance(self._source, Scan) else None
+
+    def scan(self) -> Scan | None:
+        """Object, probe and positions of a ptychography run; None for Bragg."""
+        return self._source if isinstance(self._source, Scan) else None
 
     def origin(self, index: int) -> int:
         """Index of the frame in the twin: itself."""
@@ -122,13 +138,19 @@ class Twin:
             frame_time_s=1 / self.scenario.rate_hz,
         )
 
-    def _psi_and_probe(
-        self, index: int, field: npt.NDArray[np.complex64]
-    ) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.complex64] | None]:
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} of {len(self)}")
+
+    def _psi_and_probe(self, index: int) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.complex64] | None]:
         """Where the drift's flux and ramp belong: into the exit wave, or into the illumination, which leaves the sample as it is."""
         if isinstance(self._source, Scan):
-            return self._source.patch(index), self._source.probe * field
-        return self._source.exit_wave(index) * field, None
+            return self._source.patch(index), self._source.probe_of(index) * self._field(index)
+        return self._source.exit_wave(index) * self._field(index), None
+
+    def _field(self, index: int) -> npt.NDArray[np.complex64]:
+        """(H, W): the frame's flux and the ramp of its shifted centre, as a factor of the wave."""
+        return np.asarray(np.sqrt(np.float32(self._flux(index))) * ramp(self.scenario.detector.shape, self._shift(index)))
 
     def _drifting(self, index: int) -> int:
         return max(0, index - self.scenario.drift.start_frame)
@@ -136,8 +158,8 @@ class Twin:
     def _flux(self, index: int) -> float:
         drift = self.scenario.drift
         flux = (1 + drift.flux_per_frame) ** self._drifting(index)
-        for step in drift.steps:
-            flux *= step.flux if index >= step.frame else 1.0
+        for step in self._steps(index):
+            flux *= step.flux
         # A generator of its own: the Poisson noise of a frame stays the same whether the flux fluctuates or not.
         jitter = np.random.default_rng([self.scenario.seed, index, 1]).normal() if drift.flux_rms else 0.0
         return max(0.0, flux * (1 + drift.flux_rms * float(jitter)))
@@ -145,15 +167,20 @@ class Twin:
     def _shift(self, index: int) -> tuple[float, float]:
         drift = self.scenario.drift
         count = self._drifting(index)
-        jumps = [step.centre_px for step in drift.steps if index >= step.frame]
+        jumps = [step.centre_px for step in self._steps(index)]
         rows = drift.centre_px_per_frame[0] * count + sum(jump[0] for jump in jumps)
         columns = drift.centre_px_per_frame[1] * count + sum(jump[1] for jump in jumps)
         return rows, columns
 
+    def _steps(self, index: int) -> list[StepSettings]:
+        """Those that frame `index` shows."""
+        steps = self.scenario.drift.steps
+        return [step for step in steps if step.frame <= index and (step.frames == 0 or index < step.frame + step.frames)]
+
     def _hot_blocks(self, index: int) -> npt.NDArray[np.bool_]:
         hot = np.zeros(self.scenario.detector.shape, np.bool_)
-        for step in self.scenario.drift.steps:
-            if step.hot_block is not None and index >= step.frame:
+        for step in self._steps(index):
+            if step.hot_block is not None:
                 row, column = step.hot_block
                 hot[row : row + _HOT_BLOCK_PX, column : column + _HOT_BLOCK_PX] = True
         return hot
