@@ -1,4 +1,4 @@
-"""Shape -> FFT plan: aligned buffers and planned transforms on the CPU; the only door to pyfftw."""
+"""Shape -> FFT plan: aligned buffers and planned transforms on the CPU, and what a card needs; the only door to pyfftw and to cupy."""
 
 from __future__ import annotations
 
@@ -31,22 +31,74 @@ _PATIENT = 1 << 5
 _ESTIMATE = 1 << 6
 _PATIENT_UP_TO = 64**3  # elements
 _WISDOM_ONLY = 1 << 21
-_FORWARD, _BACKWARD = -1, 1
+FORWARD, BACKWARD = -1, 1  # FFTW's words and cuFFT's
 
 # FFTW's planner and its destructor share state and are not thread-safe; only executing is. Re-entrant, because a plan may be
 # collected (and destroyed) by the very thread that is planning.
 _PLANNER = threading.RLock()
 
 
-def check_backend(backend: str) -> None:
-    """Raise where `backend` cannot compute here: ConfigError for "cuda", ValueError for a word that names no backend."""
-    if backend == "cuda":
-        raise ConfigError("backend 'cuda': this version computes on the CPU only; set backend to 'auto' or 'cpu'")
-    if backend not in ("auto", "cpu"):
+def check_backend(backend: str, able: tuple[str, ...] = ("cpu",)) -> str:
+    """What computes here: "cpu" or "cuda".
+
+    Parameters
+    ----------
+    backend : {"auto", "cpu", "cuda"}
+        auto is a CUDA card where there is one.
+    able : what the caller has been written for.
+
+    Raises
+    ------
+    ConfigError
+        "cuda" was asked for where the caller, or this machine, cannot.
+    ValueError
+        A word that names no backend.
+    """
+    if backend not in ("auto", "cpu", "cuda"):
         raise ValueError(f"backend is {backend!r}; it is 'auto', 'cpu' or 'cuda'")
+    if backend == "cuda" and "cuda" not in able:
+        raise ConfigError("backend 'cuda': this version computes on the CPU only; set backend to 'auto' or 'cpu'")
+    if backend == "cpu" or "cuda" not in able:
+        return "cpu"
+    missing = cuda_missing()
+    if backend == "cuda" and missing is not None:
+        raise ConfigError(f"backend 'cuda': {missing}, or set backend to 'auto' or 'cpu'")
+    return "cpu" if missing is not None else "cuda"
 
 
-def make_plan(shape: tuple[int, ...], engine: str = "auto") -> FftwPlan | ScipyPlan:
+def cuda_missing() -> str | None:
+    """What keeps this process from a CUDA card, and what to do about it; None where nothing does. The first call imports cupy."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"cupy cannot be imported ({error}); install the extra: pip install 'streamprior[gpu]'"
+    if not cupy.is_available():
+        return f"cupy {cupy.__version__} finds no CUDA card; see that nvidia-smi lists one and that its driver is new enough"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+        cupy.cuda.cufft.getVersion()
+    except (ImportError, RuntimeError) as error:
+        return f"cupy {cupy.__version__} lacks NVRTC or cuFFT ({' '.join(str(error).split())}); install cupy with its extra 'ctk'"
+    return None
+
+
+def load_cupy() -> Any:
+    """The module cupy. Raises ConfigError where it cannot compute."""
+    check_backend("cuda", ("cuda",))
+    import cupy
+
+    return cupy
+
+
+def plan_cufft(cupy: Any, shape: tuple[int, int], batch: int) -> Any:
+    """cuFFT's plan for a contiguous (batch, H, W) complex64 array: `plan.fft(array, array, FORWARD)` or BACKWARD transforms its last two
+    axes, in place and without scaling, on the current stream."""
+    layout = (shape, 1, shape[0] * shape[1])
+    cufft = cupy.cuda.cufft
+    return cufft.PlanNd(shape, *layout, *layout, cufft.CUFFT_C2C, batch, "C", 1, None)
+
+
+def make_plan(shape: tuple[int, ...], engine: str = "auto", batch: int | None = None) -> FftwPlan | ScipyPlan:
     """Plan the transforms of one shape, in two or three dimensions.
 
     Parameters
@@ -55,6 +107,8 @@ def make_plan(shape: tuple[int, ...], engine: str = "auto") -> FftwPlan | ScipyP
     engine : {"auto", "fftw", "scipy", "repeatable"}
         auto is FFTW where pyFFTW is installed (the extra `fftw`), else scipy.fft, which is slower and rounds differently. repeatable is the
         same choice, but FFTW plans by rule and not by timing: the same bits whatever wisdom is kept, and a few parts in ten slower.
+    batch : int, optional
+        Fields that one call transforms beside each other (the modes of a probe); the buffers are then (batch, *shape).
 
     Raises
     ------
@@ -62,33 +116,34 @@ def make_plan(shape: tuple[int, ...], engine: str = "auto") -> FftwPlan | ScipyP
         FFTW was asked for and is not there, or the state folder cannot keep its wisdom.
     """
     if engine == "scipy" or (engine in ("auto", "repeatable") and _fftw() is None):
-        return ScipyPlan(shape)
-    return FftwPlan(shape, _by_rule if engine == "repeatable" else None)
+        return ScipyPlan(shape, batch)
+    return FftwPlan(shape, _by_rule if engine == "repeatable" else None, batch)
 
 
 Planner = Callable[[ctypes.CDLL], AbstractContextManager[Any]]
-"""library -> context that gives plan(source, target, sign) -> address."""
+"""library -> context that gives plan(source, target, sign, rank) -> address; the last `rank` axes are transformed."""
 
 
 class FftwPlan:
     """Owns two aligned buffers and the FFTW plans between them, for one thread at a time.
 
-    psi, field : complex64 of the plan's shape. `forward` fills field from psi and leaves psi; `backward` transforms field in place.
+    psi, field : complex64 of the plan's shape, (batch, *shape) where there is a batch. `forward` fills field from psi and leaves psi;
+    `backward` transforms field in place.
     Neither scales: the pair multiplies by the number of elements, and the unitary factor is folded into the caller's own pass.
     execute, forward_plan, backward_plan : addresses, for a compiled loop that calls FFTW without coming back to Python.
     """
 
     engine = "fftw"
 
-    def __init__(self, shape: tuple[int, ...], planner: Planner | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], planner: Planner | None = None, batch: int | None = None) -> None:
         library = _fftw()
         if library is None:
             raise ConfigError("FFTW is not installed; install the extra: pip install 'streamprior[fftw]'")
-        self.psi, self.field = aligned(shape), aligned(shape)
+        self.psi, self.field = _buffers(shape, batch)
         self._run = library.fftwf_execute
         with (planner or _planner)(library) as plan:
-            self.forward_plan = plan(self.psi, self.field, _FORWARD)
-            self.backward_plan = plan(self.field, self.field, _BACKWARD)
+            self.forward_plan = plan(self.psi, self.field, FORWARD, len(shape))
+            self.backward_plan = plan(self.field, self.field, BACKWARD, len(shape))
         self.execute = _address(library.fftwf_execute)
         self.psi[...] = 0
         self.field[...] = 0
@@ -107,16 +162,22 @@ class ScipyPlan:
 
     engine = "scipy"
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.psi, self.field = aligned(shape), aligned(shape)
+    def __init__(self, shape: tuple[int, ...], batch: int | None = None) -> None:
+        self.psi, self.field = _buffers(shape, batch)
+        self._axes = tuple(range(-len(shape), 0))
         self.psi[...] = 0
         self.field[...] = 0
 
     def forward(self) -> None:
-        self.field[...] = scipy.fft.fftn(self.psi, workers=1)
+        self.field[...] = scipy.fft.fftn(self.psi, axes=self._axes, workers=1)
 
     def backward(self) -> None:
-        self.field[...] = scipy.fft.ifftn(self.field, norm="forward", workers=1)
+        self.field[...] = scipy.fft.ifftn(self.field, axes=self._axes, norm="forward", workers=1)
+
+
+def _buffers(shape: tuple[int, ...], batch: int | None) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.complex64]]:
+    whole = shape if batch is None else (batch, *shape)
+    return aligned(whole), aligned(whole)
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike = C64) -> npt.NDArray[Any]:
@@ -154,18 +215,28 @@ def _fftw() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(found))
-        library.fftwf_plan_dft.restype = ctypes.c_void_p
+        library.fftwf_plan_many_dft.restype = ctypes.c_void_p
         library.fftwf_execute.restype = None
         library.fftwf_destroy_plan.restype = None
     except (OSError, AttributeError):
         return None
     pointer = ctypes.c_void_p
-    library.fftwf_plan_dft.argtypes = [ctypes.c_int, pointer, pointer, pointer, ctypes.c_int, ctypes.c_uint]
+    integer = ctypes.c_int
+    side: list[Any] = [pointer, pointer, integer, integer]
+    library.fftwf_plan_many_dft.argtypes = [integer, pointer, integer, *side, *side, integer, ctypes.c_uint]
     library.fftwf_execute.argtypes = [pointer]
     library.fftwf_destroy_plan.argtypes = [pointer]
     library.fftwf_import_wisdom_from_filename.argtypes = [ctypes.c_char_p]
     library.fftwf_export_wisdom_to_filename.argtypes = [ctypes.c_char_p]
     return library
+
+
+def _layout(source: npt.NDArray[np.complex64], target: npt.NDArray[np.complex64], rank: int) -> tuple[Any, ...]:
+    """The first arguments of fftwf_plan_many_dft: contiguous transforms over the last `rank` axes, one behind the other."""
+    lengths = (ctypes.c_int * rank)(*source.shape[-rank:])
+    apart = math.prod(source.shape[-rank:])
+    side = (None, 1, apart)
+    return rank, lengths, source.size // apart, source.ctypes.data, *side, target.ctypes.data, *side
 
 
 def _address(function: Any) -> int:
@@ -182,10 +253,9 @@ def _by_rule(library: ctypes.CDLL) -> Iterator[Any]:
     again from its file when the next timed plan is made.
     """
 
-    def plan(source: npt.NDArray[np.complex64], target: npt.NDArray[np.complex64], sign: int) -> int:
+    def plan(source: npt.NDArray[np.complex64], target: npt.NDArray[np.complex64], sign: int, rank: int) -> int:
         library.fftwf_forget_wisdom()
-        lengths = (ctypes.c_int * source.ndim)(*source.shape)
-        return int(library.fftwf_plan_dft(source.ndim, lengths, source.ctypes.data, target.ctypes.data, sign, _ESTIMATE))
+        return int(library.fftwf_plan_many_dft(*_layout(source, target, rank), sign, _ESTIMATE))
 
     with _PLANNER:
         if hasattr(library, "fftwf_plan_with_nthreads"):
@@ -201,15 +271,14 @@ def _planner(library: ctypes.CDLL) -> Iterator[Any]:
     would agree only by luck. So wisdom is read first, and a new plan is made and written under a lock that all processes take.
     """
 
-    def plan(source: npt.NDArray[np.complex64], target: npt.NDArray[np.complex64], sign: int) -> int:
-        lengths = (ctypes.c_int * source.ndim)(*source.shape)
-        arguments = (source.ndim, lengths, source.ctypes.data, target.ctypes.data, sign)
+    def plan(source: npt.NDArray[np.complex64], target: npt.NDArray[np.complex64], sign: int, rank: int) -> int:
+        arguments = (*_layout(source, target, rank), sign)
         effort = _PATIENT if source.size <= _PATIENT_UP_TO else _MEASURE
-        made = library.fftwf_plan_dft(*arguments, effort | _WISDOM_ONLY) if path.exists() else None
+        made = library.fftwf_plan_many_dft(*arguments, effort | _WISDOM_ONLY) if path.exists() else None
         if made is None:
             with _locked(path.with_name("fftw-wisdom.lock")):
                 _import(library, path)
-                made = library.fftwf_plan_dft(*arguments, effort)
+                made = library.fftwf_plan_many_dft(*arguments, effort)
                 _export(library, path)
         return int(made)
 

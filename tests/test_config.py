@@ -115,7 +115,7 @@ def test_every_setting_has_a_reason_and_a_default_or_is_required() -> None:
     assert [key for key, kind, _, _ in rows if not kind or "typing" in kind] == []
 
     def leaves(value: Any, prefix: str) -> list[str]:
-        return [one for k, v in value.items() for one in leaves(v, f"{prefix}{k}.")] if isinstance(value, dict) else [prefix[:-1]]
+        return [one for k, v in value.items() for one in leaves(v, f"{prefix}{k}.")] if isinstance(value, dict) and value else [prefix[:-1]]
 
     assert [key for key, *_ in rows] == leaves(Config(prior=Path("p.h5")).model_dump(), "")
 
