@@ -12,7 +12,7 @@ import numpy as np
 
 from streamprior.mailbox import Mailbox
 from streamprior.prior import Prior
-from streamprior.records import FLAT, Batch, Flag, Frame, Result, RunEnded, RunStarted
+from streamprior.records import FLAT, Batch, Flag, Frame, Positions, Result, RunEnded, RunStarted
 from streamprior.seams import PathItem, Stage, StageFactory, Timing
 
 
@@ -86,7 +86,7 @@ class Crew(Protocol):
 
     def submit(self, job: Job) -> None: ...
 
-    def pass_on(self, ticket: int, item: RunStarted | RunEnded) -> None: ...
+    def pass_on(self, ticket: int, item: RunStarted | Positions | RunEnded) -> None: ...
 
     def take(self, limit: int, timeout_s: float) -> list[PathItem] | None: ...
 
@@ -136,7 +136,7 @@ class ThreadCrew:
     def submit(self, job: Job) -> None:
         self._inbox.put(job)
 
-    def pass_on(self, ticket: int, item: RunStarted | RunEnded) -> None:
+    def pass_on(self, ticket: int, item: RunStarted | Positions | RunEnded) -> None:
         self._sequencer.put(ticket, item)
 
     def take(self, limit: int, timeout_s: float) -> list[PathItem] | None:

@@ -13,7 +13,7 @@ from streamprior.errors import SinkUnavailable
 from streamprior.ledger import Ledger, account_line
 from streamprior.mailbox import Mailbox
 from streamprior.metrics import Meters
-from streamprior.records import Result, RunEnded, RunStarted
+from streamprior.records import MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.seams import PathItem, Sink
 
 log = structlog.get_logger(__name__)
@@ -21,20 +21,38 @@ log = structlog.get_logger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
 
 
+class _ImageWaits:
+    """Stands in the queue for the newest image, which may be larger than everything else in it."""
+
+    nbytes = 100
+
+
 class Outbox:
     """One sink's room.
 
     A complete sink gets everything, in order and again until it takes it; its full mailbox slows the path. Any other sink gets the
-    newest: its mailbox drops the oldest results, and what it could not take is forgotten.
+    newest: its mailbox drops the oldest results, and what it could not take is forgotten. Of the images of a mosaic every sink gets the
+    newest alone.
+
+    feeds : outboxes that this sink puts items into; they stay open until it has left. every : the sink is given every result although it
+    does not account for them to the ledger.
     """
 
-    def __init__(self, sink: Sink, budget_bytes: int, ledger: Ledger, meters: Meters) -> None:
+    def __init__(
+        self, sink: Sink, budget_bytes: int, ledger: Ledger, meters: Meters, feeds: Sequence[Outbox] = (), every: bool = False
+    ) -> None:
         self.sink = sink
-        self.mailbox: Mailbox[PathItem] = Mailbox(
+        self._feeds = feeds
+        self._writers = 1
+        for one in feeds:
+            one._writers += 1
+        self.mailbox: Mailbox[PathItem | _ImageWaits] = Mailbox(
             budget_bytes,
-            "block" if sink.complete else "drop_oldest",
+            "block" if sink.complete or every else "drop_oldest",
             droppable=lambda item: isinstance(item, Result),
         )
+        self._image: MosaicImage | None = None
+        self._changing = threading.Lock()
         self._ledger = ledger
         self._meters = meters
         self._open = False
@@ -42,7 +60,19 @@ class Outbox:
         self.up = False
 
     def put(self, item: PathItem) -> None:
-        self.mailbox.put(item)
+        if not isinstance(item, MosaicImage):
+            self.mailbox.put(item)
+            return
+        with self._changing:
+            waits, self._image = self._image is not None, item
+        if not waits:
+            self.mailbox.put(_ImageWaits())
+
+    def leave(self) -> None:
+        """One who puts items in has no more; with the last one the room closes."""
+        self._writers -= 1
+        if not self._writers:
+            self.mailbox.close()
 
     def step(self) -> bool:
         """Write what has gathered; False when the path has ended and the sink is closed."""
@@ -52,6 +82,8 @@ class Outbox:
         items = self.mailbox.take(64, linger_s=0.25 if self.sink.complete else 0.0)
         if items is None:
             self._attempt(self.sink.close)
+            for one in self._feeds:
+                one.leave()
             return False
         for kind, group in groupby(items, key=type):
             if kind is Result:
@@ -79,7 +111,7 @@ class Outbox:
         if self.sink.complete:
             self._meters.archived(results, time.time())
 
-    def _turn(self, item: PathItem) -> None:
+    def _turn(self, item: PathItem | _ImageWaits) -> None:
         if isinstance(item, RunStarted):
             self._attempt(lambda: self.sink.begin(item))
         elif isinstance(item, RunEnded):
@@ -87,6 +119,13 @@ class Outbox:
             if self.sink.complete:
                 account = self._ledger.close_run(item)
                 (log.info if account["balanced"] else log.error)("run closed", reason=item.reason, ledger=account_line(account))
+        elif isinstance(item, Positions):
+            self._attempt(lambda: self.sink.note(item))
+        elif isinstance(item, _ImageWaits):
+            with self._changing:
+                image, self._image = self._image, None
+            if image is not None:
+                self._attempt(lambda: self.sink.note(image))
 
     def _attempt(self, call: Callable[[], None]) -> bool:
         """Call the sink; a complete one again and again with growing pauses while it is unavailable. False when it was given up.

@@ -19,7 +19,7 @@ from streamprior.ledger import Ledger
 from streamprior.mailbox import Mailbox, Policy
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
-from streamprior.records import Frame, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
+from streamprior.records import Frame, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
 from streamprior.runs import LateFrame, Runs
 from streamprior.seams import Admit, Decoder, Keep, Message, Source, Watch
 
@@ -99,6 +99,11 @@ class Pipeline:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def stopping(self) -> bool:
+        """Somebody has asked the path to end."""
+        return self._stopping.is_set()
+
     def stop(self) -> None:
         """Stop receiving; what was received goes on to the sinks."""
         self._stopped_at = time.monotonic()
@@ -153,9 +158,19 @@ class Pipeline:
         if isinstance(record, SeriesStart):
             self._turn(self._runs.start(record))
         elif isinstance(record, SeriesEnd):
+            self._locate(Positions(record.source, record.series, record.late))
             self._turn(self._runs.end(record))
+        elif isinstance(record, Positions):
+            self._locate(record)
         else:
             self._enter(record, item.message)
+            self._locate(Positions(record.source, record.series, record.late))
+
+    def _locate(self, late: Positions) -> None:
+        """Positions that came after their frames, to the run in hand; for a run that is over they are of no use to anybody."""
+        run = self._runs.current
+        if late.positions and run is not None and run.series == late.series:
+            self._crew.pass_on(self._next_ticket(), replace(late, run=run.uid))
 
     def _enter(self, frame: Frame, message: Message) -> None:
         """A decoded frame joins its run, unless it is late, known already, or of no use to the prior."""
@@ -191,7 +206,7 @@ class Pipeline:
         items = self._crew.take(64, _BEAT_S)
         if items is None:
             for outbox in self._outboxes:
-                outbox.mailbox.close()
+                outbox.leave()
             return False
         for item in items:
             if isinstance(item, RunStarted):

@@ -57,11 +57,12 @@ class SeriesStart:
 
 @dataclass(frozen=True, slots=True)
 class SeriesEnd:
-    """An end message as decoded: a hint that a run is over."""
+    """An end message as decoded: a hint that a run is over. late : as in `Frame`."""
 
     source: str
     series: str
     nbytes: int = 200
+    late: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Frame:
     counts : (rows, columns) unsigned integer or float32, photons as the detector gave them.
     detector_time, received : Unix seconds; the first from the detector's own clock, None where it gives none.
     position : (x, y) of the probe on the sample in metres, sample frame.
-    origin : index in the recorded file when the frame is replayed.
+    origin : index in the recorded file when the frame is replayed. late : positions of earlier frames that came with this one's message.
     """
 
     source: str
@@ -83,6 +84,7 @@ class Frame:
     position: tuple[float, float] | None = None
     origin: int | None = None
     run: str = ""
+    late: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -181,6 +183,90 @@ class Reconstruction:
     flags: npt.NDArray[np.uint32]
     kept: npt.NDArray[np.int32]
     trial: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Positions that came later than their frames: index -> (x, y) metres, sample frame. `run` as in `Result`."""
+
+    source: str
+    series: str
+    positions: Mapping[int, tuple[float, float]]
+    run: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return 200 + 100 * len(self.positions)
+
+
+class Place(enum.IntEnum):
+    """What became of a frame in the mosaic."""
+
+    IN = 0  # it is part of the image
+    NO_POSITION = 1  # no position came within the bound
+    OUTSIDE = 2  # its position would make the canvas larger than it may be
+    NO_BEAM = 3  # far fewer photons than the frames before it: a beam dump, a shutter, a beam stop
+    OUTLIER = 4  # its pixel classes are not those of the prior, or most of its pixels hold no data
+
+
+@dataclass(frozen=True, slots=True)
+class MosaicFrames:
+    """What became of each frame so far, in the order of their first pass; N of them.
+
+    index : (N,) int64. position : (N, 2) float64, (y, x) of the probe on the sample in the mosaic's unit, NaN where none came. place : (N,)
+    uint8 of `Place`. before, after : (N,) float32, chi2 of the mosaic's prediction of the frame and of its own update; NaN where it is out.
+    overlap : (N,) float32, part of its light that fell where the mosaic had been seen.
+    """
+
+    index: npt.NDArray[np.int64]
+    position: npt.NDArray[np.float64]
+    place: npt.NDArray[np.uint8]
+    before: npt.NDArray[np.float32]
+    after: npt.NDArray[np.float32]
+    overlap: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class MosaicImage:
+    """The running image of the sample at one moment; arrays are (rows, columns), cropped to where light was.
+
+    serial : counts the images of a run, from 1. final : no later one comes.
+    object : complex64, transmission relative to an empty beam, 1 where hardly any light was. light : float32, photons that fell on a pixel.
+    uncertainty : float32, half the modulus of the difference between the images from odd and from even frames; NaN without halves.
+    probe : (modes, H, W) complex64, as refined. unit : "m", or "px" where the geometry is not known. pixel : (y, x), its edges. origin :
+    (y, x) of the centre of the first pixel, in the frame of the positions.
+    frequency, correlation, threshold : (K,) float32, Fourier ring correlation of the halves over cycles per pixel, and the half-bit curve.
+    resolution : half period at which the correlation falls below it, in `unit`; NaN where it is not known.
+    disagreement : rms difference of the halves over the contrast (rms deviation from the mean) of the image, both where it is well lit.
+    chi2 : with which the mosaic foretold the newest 64 frames; of all kept frames in a final image. passes : beyond the first of each.
+    warnings : sentences for people.
+    """
+
+    run: str
+    serial: int
+    final: bool
+    object: npt.NDArray[np.complex64]
+    light: npt.NDArray[np.float32]
+    uncertainty: npt.NDArray[np.float32]
+    probe: npt.NDArray[np.complex64]
+    unit: str
+    pixel: tuple[float, float]
+    origin: tuple[float, float]
+    frequency: npt.NDArray[np.float32]
+    correlation: npt.NDArray[np.float32]
+    threshold: npt.NDArray[np.float32]
+    resolution: float
+    disagreement: float
+    chi2: float
+    passes: int
+    frames: MosaicFrames
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return (
+            int(self.object.nbytes + self.light.nbytes + self.uncertainty.nbytes + self.probe.nbytes) + 40 * len(self.frames.index) + 1000
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from streamprior.errors import WireError
-from streamprior.records import Batch, Frame, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
+from streamprior.records import Batch, Frame, MosaicImage, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
 
-Decoded = SeriesStart | Frame | SeriesEnd
+Decoded = SeriesStart | Frame | Positions | SeriesEnd
 Message = bytes | Decoded
 """What a source hands over: bytes off a wire, or records where there is nothing to decode (files)."""
-PathItem = RunStarted | Result | RunEnded
+PathItem = RunStarted | Result | Positions | MosaicImage | RunEnded
 
 
 class Source(Protocol):
@@ -72,6 +72,9 @@ class Sink(Protocol):
     def begin(self, run: RunStarted) -> None: ...
 
     def write(self, results: Sequence[Result]) -> None: ...
+
+    def note(self, item: Positions | MosaicImage) -> None:
+        """What else comes by: most sinks have no use for one or the other. An image of a run may come after the run has ended."""
 
     def end(self, run: RunEnded) -> None: ...
 

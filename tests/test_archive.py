@@ -17,9 +17,11 @@ import pytest
 
 from streamprior.errors import SinkUnavailable
 from streamprior.prior import Geometry, Prior, freeze
-from streamprior.records import Detector, Result, RunEnded, RunStarted
-from streamprior.sinks.archive import Archive, read_about, read_run, run_folders, run_key
+from streamprior.records import Detector, Positions, Result, RunEnded, RunStarted
+from streamprior.sinks.archive import ENDED_RUNS, Archive, read_about, read_run, run_folders, run_key
+from streamprior.sinks.mosaic_file import MOSAIC_FILE, read_mosaic, summary
 from streamprior.sinks.rows import NO_ORIGIN, PART_ROWS
+from tests.test_mosaic_file import make_image
 
 HEIGHT, WIDTH = 24, 20
 NAMES = ("background", "ring", "core")
@@ -274,11 +276,97 @@ def test_a_vanished_folder_is_unavailable_and_not_made_again(archive: Archive, t
     assert read_run(tmp_path / "disk" / run_key(make_run())).frames["index"].to_pylist() == [0, 1]
 
 
+def test_the_newest_image_of_the_sample_lies_beside_its_frames(archive: Archive, tmp_path: Path) -> None:
+    archive.begin(make_run())
+    archive.write([make_result(0)])
+    archive.note(make_image((20, 20)))
+    archive.note(make_image((30, 25), serial=2))
+    archive.write([make_result(1)])
+    folder = tmp_path / "disk" / run_key(make_run())
+    np.testing.assert_array_equal(read_mosaic(folder / MOSAIC_FILE).object, make_image((30, 25)).object)
+    about = read_about(folder)
+    assert about["mosaic"] == summary(make_image((30, 25), serial=2))
+    assert about["frames"] == 2
+    archive.end(RunEnded("uid-0001-abcdef", "end", 1.0))
+    assert read_about(folder)["mosaic"]["serial"] == 2
+
+
+def test_an_image_that_comes_after_its_run_has_ended_is_kept_and_told(tmp_path: Path) -> None:
+    told: list[Path] = []
+    archive = Archive(tmp_path, make_prior(), {}, told.append, DRIFT, 8)
+    archive.open()
+    for number in range(ENDED_RUNS + 1):
+        archive.begin(make_run(f"{number:02d}-run"))
+        archive.end(RunEnded(f"{number:02d}-run", "end", 1.0))
+    told.clear()
+    last = tmp_path / run_key(make_run(f"{ENDED_RUNS:02d}-run"))
+    archive.note(make_image(run=f"{ENDED_RUNS:02d}-run", final=True))
+    assert told == [last]
+    about = read_about(last)
+    assert (about["status"], about["mosaic"]["final"]) == ("complete", True)
+    archive.note(make_image(run="00-run"))  # too long ago
+    archive.note(make_image(run="never-heard-of"))
+    assert told == [last]
+    assert [path.parent for path in tmp_path.rglob("*.nxs")] == [last]
+    archive.close()
+
+
+def test_positions_alone_leave_no_trace(archive: Archive, tmp_path: Path) -> None:
+    archive.begin(make_run())
+    folder = tmp_path / "disk" / run_key(make_run())
+    before = read_about(folder)
+    archive.note(Positions("detector", "6", {0: (1.0, 2.0)}, "uid-0001-abcdef"))
+    assert read_about(folder) == before
+
+
+def test_a_run_that_is_continued_keeps_its_image(tmp_path: Path) -> None:
+    for _ in range(2):
+        archive = make_archive(tmp_path)
+        archive.open()
+        archive.begin(make_run())
+        if not (tmp_path / run_key(make_run()) / MOSAIC_FILE).exists():
+            archive.note(make_image())
+        archive.close()
+    assert read_about(tmp_path / run_key(make_run()))["mosaic"]["serial"] == 1
+
+
+def test_an_image_for_which_the_disk_has_no_room_goes_in_later(archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive.begin(make_run())
+    archive.note(make_image())
+    folder = tmp_path / "disk" / run_key(make_run())
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(SinkUnavailable, match=r"No space left.*free space"):
+            archive.note(make_image(serial=2))
+    assert read_mosaic(folder / MOSAIC_FILE).serial == read_about(folder)["mosaic"]["serial"] == 1
+    archive.note(make_image(serial=2))
+    assert read_mosaic(folder / MOSAIC_FILE).serial == read_about(folder)["mosaic"]["serial"] == 2
+
+
+def test_a_recipe_without_objects_leaves_no_array_of_them(tmp_path: Path) -> None:
+    archive = Archive(tmp_path, make_prior(), {}, ignore, DRIFT, 8, objects=False)
+    archive.open()
+    archive.begin(make_run())
+    archive.write([replace(make_result(index), object=np.empty((0, 0), np.complex64)) for index in range(3)])
+    archive.end(RunEnded("uid-0001-abcdef", "end", 1.0))
+    archive.close()
+    (folder,) = run_folders(tmp_path)
+    assert not (folder / "objects").exists()
+    run = read_run(folder)
+    assert list(run.about["arrays"]) == ["classes"]
+    assert len(run.objects) == 0
+    np.testing.assert_array_equal(run.classes[2], make_result(2).classes)
+
+
 WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_archive import make_archive, make_result, make_run
+from tests.test_archive import make_archive, make_result, make_run
 archive = make_archive(Path(sys.argv[1]))
 archive.open()
 archive.begin(make_run())
@@ -292,7 +380,7 @@ while True:
 
 
 def test_a_killed_writer_leaves_whole_chunks_and_whole_parts(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parents[1])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         told = 0

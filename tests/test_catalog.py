@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 
 from streamprior.errors import SinkUnavailable
-from streamprior.records import RunEnded
+from streamprior.records import MosaicImage, Positions, RunEnded
 from streamprior.sinks.archive import Archive, run_key
 from streamprior.sinks.catalog import Catalog
 from streamprior.sinks.embedded import embedded_tiled
-from streamprior.sinks.live import LatestArrays, thinning
+from streamprior.sinks.live import MESSAGE_BYTES, TILE, LatestArrays, thinning
 from streamprior.sinks.rows import PART_ROWS
 from streamprior.sinks.tiled_api import TiledApi, probe
 from tests.test_archive import DRIFT, PROVENANCE, make_prior, make_result, make_run
+from tests.test_mosaic_file import make_image
 from tests.tiled_fixture import RunningTiled
 
 UID = "uid-0001-abcdef"
@@ -199,6 +200,104 @@ def test_subscribers_hear_of_growth_and_can_fetch_it(archive: Archive, catalog: 
     subscription.disconnect()
     assert [(kind, offset) for kind, offset, _ in heard] == [("array-ref", (5, 0, 0)), ("array-ref", (12, 0, 0))]
     np.testing.assert_array_equal(heard[1][2], [make_result(index).classes for index in range(12, 19)])
+
+
+def test_the_image_of_the_sample_is_read_through_tiled_as_the_canvas_grows(
+    archive: Archive, catalog: Catalog, client: Any, folder: Path
+) -> None:
+    archive.begin(make_run())
+    write(archive, range(3))
+    catalog.step()
+    assert "mosaic" not in client[folder.name][KEY]
+    for serial, shape in ((1, (30, 20)), (2, (50, 45)), (3, (40, 60))):
+        image = make_image(shape, serial=serial, origin=(-1e-6 * serial, 2e-6))
+        archive.note(image)
+        if serial == 2:  # a reader that comes before Tiled was told gets the image that is on disk
+            assert client[folder.name][KEY]["mosaic/phase"].read().shape == shape
+        assert catalog.step()
+        mosaic = client[folder.name][KEY]["mosaic"]
+        assert {"amplitude", "phase", "object", "light", "uncertainty"} <= set(mosaic)
+        np.testing.assert_array_equal(mosaic["object"].read(), image.object)
+        np.testing.assert_array_equal(mosaic["phase"].read(), np.angle(image.object))
+        np.testing.assert_allclose(mosaic["y"].read(), image.origin[0] + 2e-8 * np.arange(shape[0]))
+        assert mosaic.metadata["serial"] == mosaic["light"].metadata["serial"] == serial
+        assert list(mosaic.metadata["origin"]) == list(mosaic["light"].metadata["origin"]) == list(image.origin)
+        assert (mosaic.metadata["unit"], mosaic.metadata["resolution"]) == ("m", 4.5e-8)
+        assert list(mosaic.metadata["axes"]) == mosaic["light"].metadata["dims"] == ["y", "x"]
+
+
+def test_the_final_image_reaches_tiled_after_its_run_has_ended(
+    archive: Archive, catalog: Catalog, client: Any, tiled_server: RunningTiled, folder: Path
+) -> None:
+    archive.begin(make_run())
+    write(archive, range(3))
+    archive.note(make_image())
+    end(archive)
+    catalog.step()
+    again = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")  # a daemon that was started anew
+    archive.note(make_image((50, 50), seed=1, serial=2, final=True))
+    assert again.step()
+    again.close(0)
+    run = client[folder.name][KEY]
+    assert run["mosaic"].metadata["final"]
+    assert (run.metadata["status"], run.metadata["mosaic"]["serial"]) == ("complete", 2)
+    np.testing.assert_array_equal(run["mosaic/light"].read(), make_image((50, 50), seed=1).light)
+
+
+def test_who_subscribes_to_a_run_hears_of_each_new_image(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    archive.begin(make_run())
+    write(archive, range(3))
+    archive.note(make_image())
+    catalog.step()
+    heard: list[Any] = []
+    enough = threading.Event()
+
+    def hear(update: Any) -> None:
+        heard.append((update.key, update.metadata["serial"]))
+        if len(heard) == 2:
+            enough.set()
+
+    subscription = client[folder.name][KEY].subscribe()
+    subscription.child_metadata_updated.add_callback(hear)
+    subscription.start_in_thread()
+    for serial in (2, 3):
+        archive.note(make_image(serial=serial))
+        catalog.step()
+    catalog.announce(folder / KEY)
+    catalog.step()
+    assert enough.wait(30)
+    subscription.disconnect()
+    assert heard == [("mosaic", 2), ("mosaic", 3)]
+
+
+MOSAIC_READER = """
+import sys, json
+from tiled.client import from_uri
+uri, key, path = sys.argv[1:]
+run = from_uri(uri, api_key=key)[path]
+for line in sys.stdin:
+    light = run["mosaic/light"]
+    print(json.dumps([light.metadata["serial"], float(light.read().sum())]), flush=True)
+"""
+
+
+def test_another_process_reads_each_new_image(archive: Archive, catalog: Catalog, tiled_server: RunningTiled, folder: Path) -> None:
+    archive.begin(make_run())
+    write(archive, range(3))
+    archive.note(make_image())
+    catalog.step()
+    command = [sys.executable, "-c", MOSAIC_READER, tiled_server.uri, tiled_server.api_key, f"tests/{folder.name}/{KEY}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        for serial in (1, 2, 3):
+            image = make_image((40 + 10 * serial, 30), seed=serial, serial=serial)
+            archive.note(image)
+            catalog.step()
+            reader.stdin.write("read\n")
+            reader.stdin.flush()
+            assert json.loads(reader.stdout.readline()) == [serial, pytest.approx(float(image.light.sum()))]
+        reader.stdin.close()
 
 
 READER = """
@@ -382,6 +481,115 @@ def test_latest_arrays_change_their_shape_with_the_prior_and_come_back_when_lost
     live.write([large])
     live.close()
     assert client["shapes"]["latest/classes"].shape == (1000, 450)
+
+
+class Listener:
+    """Puts a mosaic together from what its subscription hears, as a viewer does; `wait` returns when it shows an image."""
+
+    def __init__(self, node: Any) -> None:
+        self.canvas = node.read()
+        self.blocks: list[tuple[int, ...]] = []
+        self._news = threading.Condition()
+        self._subscription = node.subscribe()
+        self._subscription.new_data.add_callback(self._hear)
+        self._subscription.start_in_thread()
+
+    def _hear(self, update: Any) -> None:
+        with self._news:
+            row, column = update.offset or (TILE * update.block[0], TILE * update.block[1])
+            rows, columns = row + TILE, column + TILE
+            more = [(0, max(0, end - side)) for end, side in zip((rows, columns), self.canvas.shape, strict=True)]
+            self.canvas = np.pad(self.canvas, more)
+            self.canvas[row:rows, column:columns] = update.data()
+            self.blocks.append((row // TILE, column // TILE))
+            self._news.notify_all()
+
+    def wait(self, wanted: np.ndarray) -> list[tuple[int, ...]]:
+        """Until the canvas holds `wanted`; the blocks that were heard."""
+        with self._news:
+            assert self._news.wait_for(lambda: np.array_equal(self.canvas, wanted, equal_nan=True), 30)
+            heard, self.blocks = self.blocks, []
+            return heard
+
+    def close(self) -> None:
+        self._subscription.disconnect()
+
+
+def on_tiles(image: MosaicImage, first: tuple[int, int], count: tuple[int, int]) -> np.ndarray:
+    """The phase of an image of pixel 1 on a canvas of whole tiles, NaN where no light was."""
+    canvas = np.full((TILE * count[0], TILE * count[1]), np.nan, np.float16)
+    row, column = (int(image.origin[axis]) - TILE * first[axis] for axis in (0, 1))
+    phase = np.where(image.light > 0, np.angle(image.object), np.nan)
+    canvas[row : row + phase.shape[0], column : column + phase.shape[1]] = phase
+    return canvas
+
+
+def pixels(shape: tuple[int, int], origin: tuple[int, int], **changes: Any) -> MosaicImage:
+    return make_image(shape, unit="px", pixel=(1.0, 1.0), origin=(float(origin[0]), float(origin[1])), **changes)
+
+
+def test_subscribers_of_the_mosaic_get_the_tiles_that_changed(client: Any, tiled_server: RunningTiled) -> None:
+    live = LatestArrays(tiled_server.uri, tiled_server.api_key, parent="tests/tiles", max_hz=1000)
+    live.open()
+    image = pixels((700, 300), (-100, 20))
+    live.note(image)
+    live.note(Positions("detector", "6", {}))
+    node = client["tiles"]["latest/mosaic_phase"]
+    assert (node.shape, node.dtype, node.dims) == ((3 * TILE, TILE), np.float16, ("y", "x"))
+    assert node.dtype.itemsize * TILE * TILE < MESSAGE_BYTES
+    np.testing.assert_array_equal(node.read(), on_tiles(image, (-1, 0), (3, 1)))
+    assert (node.metadata["origin"], node.metadata["tile"], node.metadata["run"]) == ([-TILE, 0.0], [TILE, TILE], UID)
+    listener = Listener(node)
+    changed = image.object.copy()
+    changed[650:660, 10:20] *= -1
+    second = replace(image, object=changed, serial=2)
+    live.note(second)
+    assert listener.wait(on_tiles(second, (-1, 0), (3, 1))) == [(2, 0)]
+    live.note(replace(second, serial=3))  # nothing new
+    third = replace(second, object=-changed)
+    live.note(third)
+    assert listener.wait(on_tiles(third, (-1, 0), (3, 1))) == [(0, 0), (1, 0), (2, 0)]
+    listener.close()
+    live.close()
+
+
+def test_a_growing_mosaic_keeps_its_subscribers_whichever_way_it_grows(client: Any, tiled_server: RunningTiled) -> None:
+    live = LatestArrays(tiled_server.uri, tiled_server.api_key, parent="tests/growing", max_hz=1000)
+    live.open()
+    live.note(pixels((200, 200), (10, 10)))
+    node = client["growing"]["latest/mosaic_phase"]
+    listener = Listener(node)
+    for image, first, count, heard in (
+        (pixels((600, 200), (10, 10), serial=2), (0, 0), (2, 1), {(0, 0), (1, 0)}),
+        (pixels((600, 300), (10, -90), serial=3), (0, -1), (2, 2), {(0, 0), (0, 1), (1, 0), (1, 1)}),
+        (pixels((100, 100), (10, 10), serial=4), (0, -1), (2, 2), None),
+        (pixels((100, 100), (7000, 10), run="another"), (13, 0), (2, 2), None),
+    ):
+        live.note(image)
+        blocks = listener.wait(on_tiles(image, first, count))
+        assert heard is None or set(blocks) == heard
+        node = client["growing"]["latest/mosaic_phase"]
+        np.testing.assert_array_equal(node.read(), on_tiles(image, first, count))
+        assert node.metadata["origin"] == [TILE * first[0], TILE * first[1]]
+    assert node.metadata["run"] == "another"
+    listener.close()
+    live.close()
+
+
+def test_a_mosaic_that_tiled_lost_is_sent_again_whole(client: Any, tiled_server: RunningTiled) -> None:
+    live = LatestArrays(tiled_server.uri, tiled_server.api_key, parent="tests/lost", max_hz=1000)
+    live.open()
+    image = pixels((100, 100), (0, 0))
+    live.note(image)
+    api = TiledApi(tiled_server.uri, tiled_server.api_key)
+    api.delete("/metadata/tests/lost/latest")
+    api.close()
+    newer = replace(image, object=-image.object)
+    with pytest.raises(SinkUnavailable):
+        live.note(newer)
+    live.note(newer)
+    live.close()
+    np.testing.assert_array_equal(client["lost"]["latest/mosaic_phase"].read(), on_tiles(newer, (0, 0), (1, 1)))
 
 
 def test_an_image_is_thinned_by_the_smallest_stride_that_fits() -> None:

@@ -134,6 +134,11 @@ class Served:
             with error:
                 return error.code, error.headers.get("content-type", ""), error.read()
 
+    def header(self, path: str, name: str) -> str | None:
+        with urllib.request.urlopen(self.server.url + path, timeout=10) as answer:
+            value: str | None = answer.headers.get(name)
+            return value
+
     def json(self, path: str) -> tuple[int, Any]:
         status, kind, body = self.get(path)
         assert kind == "application/json"

@@ -17,7 +17,7 @@ import tifffile
 from streamprior.config import SourceSettings
 from streamprior.errors import ConfigError
 from streamprior.records import Detector, Frame, SeriesEnd, SeriesStart
-from streamprior.seams import Message
+from streamprior.seams import Decoded, Message
 
 _JOULES_PER_EV = 1.602176634e-19
 
@@ -50,7 +50,7 @@ class Recording:
     """A file of frames; item i is the i-th chosen one.
 
     indices : those that were asked for. geometry : what the file says of the detector. positions : (N, 2) metres, x then y, of the
-    probe on the sample.
+    probe on the sample; object pixels in a file that gives pixels and does not say how large they are.
     """
 
     path: Path
@@ -93,7 +93,8 @@ class Recording:
         if self.positions is None:
             return None
         x, y = self.positions[self.indices[i]]
-        return float(x), float(y)
+        # A row that is no number is a position that the stage never gave.
+        return (float(x), float(y)) if np.isfinite(x) and np.isfinite(y) else None
 
 
 def open_recording(file: str | os.PathLike[str], frames: str = ":") -> Recording:
@@ -223,7 +224,7 @@ class FileSource:
 class AsRead:
     """The decoder of a source that has nothing to decode: stamps each frame with the time it was read."""
 
-    def decode(self, message: Message, received: float) -> SeriesStart | Frame | SeriesEnd:
+    def decode(self, message: Message, received: float) -> Decoded:
         assert not isinstance(message, bytes)
         if isinstance(message, Frame):
             return replace(message, received=received)
@@ -331,11 +332,14 @@ def _dataset(path: Path, file: h5py.File, inside: str) -> Any:
 
 
 def _positions(file: h5py.File, count: int) -> npt.NDArray[np.float64] | None:
-    """Probe positions in metres, x then y. CXI's translation is the motion of the sample: the probe moves the other way on it."""
-    translation = file.get("entry_1/sample_1/geometry_1/translation")
-    if not isinstance(translation, h5py.Dataset) or translation.ndim != 2 or translation.shape[0] != count:
-        return None
-    return -np.asarray(translation[:, :2], np.float64)
+    """Probe positions, x then y. CXI's translation is the motion of the sample in metres: the probe moves the other way on it.
+    position_px is (row, column) of the probe's window in object pixels, as programs that cannot know the pixel's size leave it."""
+    for name, motion in (("translation", -1.0), ("position_px", 1.0)):
+        found = file.get(f"entry_1/sample_1/geometry_1/{name}")
+        if isinstance(found, h5py.Dataset) and found.ndim == 2 and found.shape[0] == count and found.shape[1] >= 2:
+            pairs = motion * np.asarray(found[:, :2], np.float64)
+            return pairs if name == "translation" else np.ascontiguousarray(pairs[:, ::-1])
+    return None
 
 
 def _number(dataset: Any) -> float | None:

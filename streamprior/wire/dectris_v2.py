@@ -93,7 +93,11 @@ class StreamV2Decoder:
         try:
             if kind == "start":
                 return self._start(item)
-            return self._image(item, received) if kind == "image" else SeriesEnd(self._source, _series(item))
+            return (
+                self._image(item, received)
+                if kind == "image"
+                else SeriesEnd(self._source, _series(item), late=_late(item.get("user_data")))
+            )
         except WireError:
             raise
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
@@ -152,7 +156,7 @@ class StreamV2Decoder:
         self._check_like(series, counts)
         user_data = item.get("user_data")
         position, origin = _of_frame(user_data) if isinstance(user_data, Mapping) else (None, None)
-        return Frame(self._source, series, index, counts, received, _detector_time(item), position, origin)
+        return Frame(self._source, series, index, counts, received, _detector_time(item), position, origin, late=_late(user_data))
 
     def _check_like(self, series: str, counts: npt.NDArray[Any]) -> None:
         """Shape and dtype may not change within a series: the start message says the shape, the first image what is left open."""
@@ -237,9 +241,12 @@ def encode_image(
     return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, item))
 
 
-def encode_end(series: int, unique_id: str) -> bytes:
+def encode_end(series: int, unique_id: str, user_data: Mapping[str, Any] | None = None) -> bytes:
     """The end message of a series."""
-    return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, {"type": "end", "series_id": series, "series_unique_id": unique_id}))
+    item: dict[str, Any] = {"type": "end", "series_id": series, "series_unique_id": unique_id}
+    if user_data:
+        item["user_data"] = dict(user_data)
+    return cbor2.dumps(cbor2.CBORTag(_SELF_DESCRIBED, item))
 
 
 def _typed(array: npt.NDArray[Any], compression: str | None) -> cbor2.CBORTag:
@@ -313,8 +320,28 @@ def _of_frame(user_data: Mapping[str, Any]) -> tuple[tuple[float, float] | None,
     position, origin = user_data.get("position_m"), user_data.get("origin")
     place = None
     if isinstance(position, list | tuple) and len(position) == 2:
-        place = float(position[0]), float(position[1])
+        place = _place(*position)
     return place, origin if _is_count(origin) and origin < 2**63 else None
+
+
+def _late(user_data: Any) -> dict[int, tuple[float, float]]:
+    """Positions of earlier frames: positions_m [[index, x, y], ...] in metres, for a stage that answers later than the detector."""
+    rows = user_data.get("positions_m") if isinstance(user_data, Mapping) else None
+    if not isinstance(rows, list | tuple):
+        return {}
+    found = {}
+    for row in rows:
+        if isinstance(row, list | tuple) and len(row) == 3 and _is_count(row[0]) and row[0] < MAX_INDEX:
+            place = _place(row[1], row[2])
+            if place is not None:
+                found[row[0]] = place
+    return found
+
+
+def _place(x: Any, y: Any) -> tuple[float, float] | None:
+    """A position that is none (no number, NaN) is one that never came."""
+    place = float(x), float(y)
+    return place if math.isfinite(place[0]) and math.isfinite(place[1]) else None
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

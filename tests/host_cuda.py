@@ -1,0 +1,271 @@
+"""kernels.cu on a CPU: the source compiled by g++ behind as much of cupy as streamprior asks of it, for machines without a card.
+
+It stands in for a card where a card is strict. Nothing that a stream was given is done before somebody waits for it; memory is NaN until it
+is written and has guards on both sides; an argument of another type than the kernel's is refused; threads of a block meet at
+`__syncthreads`, all of them or none. What it cannot show: cupy's and the driver's own behaviour, races between threads, and speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import scipy.fft
+
+SHIM = r"""
+#include <cmath>
+#include <cstddef>
+#include <tuple>
+#include <utility>
+#include <vector>
+#include <ucontext.h>
+#define __global__
+#define __device__ static inline
+#define __shared__ static
+struct float2 { float x, y; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+struct Index { unsigned x, y, z; };
+static Index blockIdx, threadIdx;
+
+static ucontext_t scheduler, *running;
+static int waiting;
+static void __syncthreads() { ++waiting; swapcontext(running, &scheduler); }
+
+struct Body { void (*call)(void *kernel, void **arguments); void *kernel; void **arguments; };
+static Body body;
+static void one_thread() { body.call(body.kernel, body.arguments); }
+
+// Threads of a block in turns, each up to its next barrier. False where only some of them came to one.
+static bool run_block(int threads, bool descending) {
+    static std::vector<char> stacks;
+    const size_t room = 64 * 1024;
+    stacks.resize(threads * room);
+    std::vector<ucontext_t> contexts(threads);
+    for (int t = 0; t < threads; ++t) {
+        getcontext(&contexts[t]);
+        contexts[t].uc_stack.ss_sp = stacks.data() + t * room;
+        contexts[t].uc_stack.ss_size = room;
+        contexts[t].uc_link = &scheduler;
+        makecontext(&contexts[t], one_thread, 0);
+    }
+    do {
+        waiting = 0;
+        for (int i = 0; i < threads; ++i) {
+            int t = descending ? threads - 1 - i : i;
+            threadIdx = {(unsigned)t, 0, 0};
+            running = &contexts[t];
+            swapcontext(&scheduler, running);
+        }
+    } while (waiting == threads);
+    return waiting == 0;
+}
+
+template <class... A, size_t... I> void call_with(void (*kernel)(A...), void **arguments, std::index_sequence<I...>) {
+    kernel(*(std::remove_reference_t<A> *)arguments[I]...);
+}
+template <class... A> void call_it(void *kernel, void **arguments) {
+    call_with((void (*)(A...))kernel, arguments, std::index_sequence_for<A...>());
+}
+template <class... A> bool launch(void (*kernel)(A...), int across, int down, int threads, bool descending, void **arguments) {
+    body = {call_it<A...>, (void *)kernel, arguments};
+    for (int i = 0; i < across * down; ++i) {
+        int block = descending ? across * down - 1 - i : i;
+        blockIdx = {(unsigned)(block % across), (unsigned)(block / across), 0};
+        if (!run_block(threads, descending)) return false;
+    }
+    return true;
+}
+"""
+
+POINTERS = {"float2": np.complex64, "float": np.float32, "int": np.int32, "double": np.float64}
+VALUES = {"float": np.float32, "int": np.int32}
+Parameter = tuple[str, str, str]
+
+GUARD = 256  # bytes
+UNWRITTEN = 0xFF  # float32 and float64 of such bytes are NaN
+
+_ONE_AT_A_TIME = threading.RLock()
+"""blockIdx and threadIdx are global variables here."""
+
+
+class Array(np.ndarray):  # type: ignore[type-arg]
+    """Memory of the card."""
+
+    def set(self, host: np.ndarray, stream: Stream) -> None:  # type: ignore[type-arg]
+        assert host.dtype == self.dtype
+        assert host.shape == self.shape
+        assert self.flags.c_contiguous
+        stream.later(lambda: np.copyto(self, host))
+
+    def get(self) -> np.ndarray:  # type: ignore[type-arg]
+        Stream.current().synchronize()
+        return np.array(self)
+
+
+class Stream:
+    """What has been asked of the card and not been waited for."""
+
+    _now = threading.local()
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+        self._queue: list[Callable[[], None]] = []
+
+    @classmethod
+    def current(cls) -> Stream:
+        return cls._now.stack[-1]  # type: ignore[no-any-return]
+
+    def __enter__(self) -> None:
+        self._now.stack = [*getattr(self._now, "stack", []), self]
+
+    def __exit__(self, *_: object) -> None:
+        self._now.stack = self._now.stack[:-1]
+
+    def later(self, work: Callable[[], None]) -> None:
+        self._queue.append(work)
+
+    def synchronize(self) -> None:
+        self._card.waits += 1
+        with _ONE_AT_A_TIME:
+            for work in self._queue:
+                work()
+            self._queue.clear()
+            self._card.check_guards()
+
+
+class Kernel:
+    """One `extern "C" __global__` function."""
+
+    def __init__(self, library: ctypes.CDLL, card: Card, name: str, parameters: list[Parameter]) -> None:
+        self._run, self._card, self.name, self._parameters = getattr(library, f"launch_{name}"), card, name, parameters
+        self._run.restype = ctypes.c_bool
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+        assert len(arguments) == len(self._parameters), f"{self.name}: {len(arguments)} arguments for {len(self._parameters)} parameters"
+        assert all(length > 0 for length in grid), f"{self.name}: an empty grid {grid}"
+        values = [self._value(*pair) for pair in zip(self._parameters, arguments, strict=True)]
+        across, down = (*grid, 1)[:2]
+
+        def run() -> None:
+            packed = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+            together = self._run(across, down, block[0], self._card.descending, packed)
+            assert together, f"{self.name}: not all threads of a block came to a barrier"
+
+        # A view keeps what it looks into; the closure keeps the views.
+        Stream.current().later(lambda kept=arguments: run())  # type: ignore[misc]
+
+    def _value(self, parameter: Parameter, argument: Any) -> Any:
+        kind, pointer, name = parameter
+        if pointer:
+            assert isinstance(argument, Array), f"{self.name}: {name} is given {type(argument)}"
+            assert argument.dtype == POINTERS[kind], f"{self.name}: {name} is given {argument.dtype}"
+            return ctypes.c_void_p(argument.ctypes.data)
+        assert type(argument) is VALUES[kind], f"{self.name}: {name} is given {type(argument)}"
+        return (ctypes.c_int if kind == "int" else ctypes.c_float)(argument)
+
+
+class Plan:
+    """cuFFT's PlanNd, for contiguous two-dimensional transforms without scaling."""
+
+    def __init__(self, shape, inembed, istride, idist, onembed, ostride, odist, fft_type, batch, order, last_axis, last_size) -> None:  # type: ignore[no-untyped-def]
+        assert inembed == onembed == shape
+        assert (istride, ostride, fft_type, order, last_axis, last_size) == (1, 1, "C2C", "C", 1, None)
+        assert idist == odist == shape[0] * shape[1]
+        self._shape = (batch, *shape)
+
+    def fft(self, source: Array, goal: Array, direction: int) -> None:
+        assert source is goal
+        assert source.size == np.prod(self._shape)
+        planes = source.reshape(self._shape)
+        transform = {-1: scipy.fft.fft2, 1: lambda array: scipy.fft.ifft2(array, norm="forward")}[direction]
+
+        def run() -> None:
+            with np.errstate(invalid="ignore"):  # what lies behind the frames has not been written
+                planes[...] = transform(np.asarray(planes))
+
+        Stream.current().later(run)
+
+
+class Card:
+    """What stands in for the module cupy. descending : threads and blocks in the opposite order. waits : how often somebody waited."""
+
+    __version__ = "0, on the CPU"
+    maximum = staticmethod(np.maximum)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._memory: list[np.ndarray] = []  # type: ignore[type-arg]
+        self.descending = False
+        self.waits = 0
+        self.cuda = SimpleNamespace(
+            Stream=lambda: Stream(self),
+            alloc_pinned_memory=lambda nbytes: bytearray([UNWRITTEN]) * (nbytes + 32),  # cupy, too, gives more than was asked for
+            cufft=SimpleNamespace(PlanNd=Plan, CUFFT_C2C="C2C", getVersion=lambda: 0),
+            nvrtc=SimpleNamespace(getVersion=lambda: 0),
+        )
+
+    def is_available(self) -> bool:
+        return True
+
+    def RawModule(self, code: str) -> Any:  # noqa: N802
+        library, kernels = compiled(code, self._folder)
+        return SimpleNamespace(get_function=lambda name: Kernel(library, self, name, kernels[name]))
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raw = np.full(nbytes + 2 * GUARD, UNWRITTEN, np.uint8)
+        self._memory.append(raw)
+        return raw[GUARD : GUARD + nbytes].view(dtype).reshape(shape).view(Array)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def ones(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        array = self.empty(shape, dtype)
+        array[...] = 1
+        return array
+
+    def forget(self) -> None:
+        """Begin again for the next test."""
+        self._memory.clear()
+        self.descending, self.waits = False, 0
+
+    def check_guards(self) -> None:
+        for raw in self._memory:
+            assert (raw[:GUARD] == UNWRITTEN).all(), "a kernel wrote before its array"
+            assert (raw[-GUARD:] == UNWRITTEN).all(), "a kernel wrote behind its array"
+
+
+_NUMBERS = itertools.count()
+
+
+def compiled(code: str, folder: Path) -> tuple[ctypes.CDLL, dict[str, list[Parameter]]]:
+    """The source as a library, and (type, "*" or nothing, name) of each kernel's parameters."""
+    found = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', code)
+    kernels = {name: re.findall(r"(?:const )?(\w+) (\*?)(\w+)(?:,|$)", parameters) for name, parameters in found}
+    doors = "\n".join(
+        f'extern "C" bool launch_{name}(int across, int down, int threads, bool descending, void **arguments) '
+        f"{{ return launch({name}, across, down, threads, descending, arguments); }}"
+        for name in kernels
+    )
+    target = folder / f"kernels{next(_NUMBERS)}.so"
+    source = target.with_suffix(".cpp")
+    source.write_text(SHIM + code + doors)
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-sign-compare", "-fPIC", "-shared", "-o", str(target), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(target)), kernels
