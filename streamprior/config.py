@@ -115,6 +115,67 @@ class RefineSettings(_Room):
     """Share of pixels held out for the free log-likelihood; 0: none, and the number is NaN."""
 
 
+Axes = Literal["xy", "-xy", "x-y", "-x-y", "yx", "-yx", "y-x", "-y-x"]
+
+
+class MosaicSettings(_Room):
+    """Ptychography: how frames with positions become an image of the sample (recipe ptycho)."""
+
+    probe: Path | Literal["frames"] | None = None
+    """The illumination to begin with: a file (.npy, FILE::/dataset, a CXI file with an illumination, an earlier run's mosaic.nxs), or
+    "frames": a model out of the first frames (their mean is the pupil, out of focus until it is `spot_px` wide). Empty: the one that a
+    file source itself holds."""
+    spot_px: Annotated[float, Field(gt=0)] = 40.0
+    """Width of the spot on the sample, object pixels, for a probe that is modelled."""
+    modes: Annotated[int, Field(ge=0, le=16)] = 0
+    """Incoherent modes of the probe; more than the file has begin as the first with nodes, and need `refine`. 0: as many as the file has. A
+    second one took the halves' disagreement on the measured Siemens star from 0.29 to 0.24."""
+    refine: bool = False
+    """Improve the probe as frames come. Its photons are held; switch it off for a probe that is known better than one scan tells."""
+    gain: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """How far the probe moves towards what 8 frames ask of it; 0.3 was slower and 0.6 as good on the measured Siemens star."""
+    axes: Axes = "xy"
+    """What the positions' (x, y) are on the detector's (columns, rows): "-xy" turns the sign of x, "yx" exchanges the two. A trial on the
+    first frames says where another setting explains them better."""
+    pixel_nm: Annotated[float, Field(gt=0)] | None = None
+    """Object pixel. Empty: wavelength x distance / (pixels x detector pixel) of the start message; where that does not say, positions are
+    taken as object pixels."""
+    iterations: Annotated[int, Field(gt=0, le=100)] = 1
+    """Projections of each frame before it goes into the mosaic: more cost more and gained nothing on halves (docs/decisions/0014)."""
+    weight: Annotated[float, Field(ge=0.001, le=10)] = 0.05
+    """Proximal weight that ties a frame's patch to the mosaic, in units of the probe's brightest pixel."""
+    memory: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """How much the light that a place has had adds to that weight: 0 forgets, 1 is a running mean. Weight and memory are those by which
+    halves of the measured Siemens star agreed best after one pass (docs/decisions/0014)."""
+    settle: bool = True
+    """After 16, 32, 64, 128 and 256 frames, two further passes over all of them: the first frames met an empty mosaic and an unrefined
+    probe."""
+    halves: bool = True
+    """Put odd and even frames together apart as well: it doubles the cost, and is what uncertainty and resolution are known from."""
+    polish: bool = True
+    """While no frame comes, further passes over the last 256. What it adds depends on the clock: switch it off where live and replayed
+    runs must agree bit for bit."""
+    finish: Annotated[int, Field(ge=0, le=1000)] = 11
+    """Passes over all kept frames after the run: two thirds single (ePIE), the rest averaging (overlap projection). 0: none."""
+    trust: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """Class name -> how far the counts of its pixels are believed (1 where not named). Measured: less than 1 on the background costs
+    resolution (docs/decisions/0014)."""
+    least_flux: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """A frame with less than this part of the median of the 64 before it is left out: beam dump, shutter, beam stop."""
+    least_iou: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """A frame whose classes overlap less than this with the prior's reference, on average, is left out."""
+    wait_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long a frame waits for its position; then it is left out of the mosaic."""
+    wait_frames: Annotated[int, Field(ge=0)] = 1024
+    """Most frames that wait for positions; the oldest is left out first."""
+    keep_mb: Annotated[int, Field(gt=0)] = 512
+    """MiB of frames that settling, polishing and finishing can return to: 8,192 of 128 x 128. Older ones stay in the mosaic as they are."""
+    canvas_mb: Annotated[int, Field(gt=0)] = 512
+    """MiB that the canvases may take: 3,800 x 3,800 object pixels with halves. A frame beyond is left out."""
+    live_hz: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Images a second for archive, page and Tiled, whose streaming cache keeps every one of them for an hour; at most 10."""
+
+
 class DriftSettings(_Room):
     """When a signal counts as drifted."""
 
@@ -129,6 +190,8 @@ class ComputeSettings(_Room):
 
     workers: Annotated[int, Field(ge=0)] = 0
     """Threads; 0: one a core. One FFT runs on one thread, frames run beside each other."""
+    backend: Literal["auto", "cpu", "cuda"] = "auto"
+    """What puts the mosaic together: a CUDA card where there is one (auto), or as said. Everything else computes on the CPU."""
     batch_frames: Annotated[int, Field(gt=0, le=256)] = 16
     """Most frames a worker takes at once. It takes what is there: idle, that is one, and costs no latency."""
 
@@ -204,11 +267,12 @@ class Config(BaseSettings):
 
     prior: Path
     """The frozen prior that `streamprior train` wrote."""
-    recipe: Literal["bragg"] = "bragg"
-    """Which stages run: bragg is prepare, classify, match, refine, drift."""
+    recipe: Literal["bragg", "ptycho"] = "bragg"
+    """Which stages run: bragg is prepare, classify, match, refine, drift; ptycho is prepare, classify, drift, mosaic."""
     source: SourceSettings = SourceSettings()
     prepare: PrepareSettings = PrepareSettings()
     refine: RefineSettings = RefineSettings()
+    mosaic: MosaicSettings = MosaicSettings()
     drift: DriftSettings = DriftSettings()
     compute: ComputeSettings = ComputeSettings()
     queues: QueueSettings = QueueSettings()

@@ -20,10 +20,14 @@ from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
+from streamprior.mosaic.backend import overlap_maker
+from streamprior.mosaic.room import MosaicRoom
+from streamprior.mosaic.scan import first_probe
 from streamprior.outbox import Outbox
 from streamprior.pipeline import Pipeline
 from streamprior.prior import Prior, load_prior
 from streamprior.quarantine import Quarantine
+from streamprior.records import MosaicImage
 from streamprior.runs import Runs
 from streamprior.seams import Decoder, Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
@@ -65,19 +69,22 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
     `watches` are put behind the recipe's own (the demo's stopwatch). Raises ConfigError.
     """
     prior = load_prior(config.prior)
-    recipe = Recipe(prior, config.prepare, config.refine, config.drift)
+    recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe)
     source, decoder = _source(config, prior)
     catalog, archive, live = _sinks(config, prior, recipe)
     sinks: list[Sink] = [archive, *live]
     ledger = Ledger(sink.name for sink in sinks if sink.complete)
     page = LivePage(prior)
-    meters = Meters(
-        config.source.name, recipe.stage_names, [*(sink.name for sink in sinks), "page", "prometheus"], prior.class_names, recipe.signals
-    )
+    names = [*(sink.name for sink in sinks), "page", "prometheus", *(["mosaic"] if config.recipe == "ptycho" else [])]
+    meters = Meters(config.source.name, recipe.stage_names, names, prior.class_names, recipe.signals)
     meters.build_info(version=__version__, prior=prior.content_hash, configuration=config.content_hash, device=device())
     outboxes = [Outbox(sink, config.queues.outbox_mb * _MIB, ledger, meters) for sink in sinks if sink.complete]
     # A live sink holds no more than a few results: it shows the newest.
-    outboxes += [Outbox(sink, _MIB, ledger, meters) for sink in [*sinks, page, Prometheus(meters)] if not sink.complete]
+    shown: list[Sink] = [*live, page, Prometheus(meters)]
+    outboxes += [Outbox(sink, _MIB, ledger, meters) for sink in shown]
+    if config.recipe == "ptycho":
+        room = _mosaic(config, prior, outboxes, lambda: pipeline.stopping, meters)
+        outboxes = [Outbox(room, config.queues.outbox_mb * _MIB, ledger, meters, feeds=outboxes, every=True), *outboxes]
     crew = ThreadCrew(
         recipe.stages,
         prior,
@@ -221,8 +228,27 @@ def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None
         catalog = Catalog(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
         live.append(LatestArrays(config.tiled.uri, key, config.tiled.parent, config.tiled.live_hz))
     growth = catalog.announce if catalog is not None else lambda folder: None
-    archive = Archive(config.archive.folder, prior, provenance, growth, recipe.drift_columns, config.archive.chunk_frames)
+    archive = Archive(
+        config.archive.folder, prior, provenance, growth, recipe.drift_columns, config.archive.chunk_frames, config.recipe != "ptycho"
+    )
     return catalog, archive, live
+
+
+def _mosaic(config: Config, prior: Prior, outboxes: Sequence[Outbox], hurry: Callable[[], bool], meters: Meters) -> MosaicRoom:
+    """The room that puts frames together. Raises ConfigError where the probe cannot be had or the backend does not compute."""
+    settings, shape = config.mosaic, prior.geometry.shape
+    own = config.source.path if config.source.kind == "file" else None
+    unknown = settings.trust.keys() - set(prior.class_names)
+    if unknown:
+        raise ConfigError(f"mosaic.trust: {', '.join(sorted(unknown))} is no class of this prior; it has {', '.join(prior.class_names)}")
+
+    def publish(image: MosaicImage) -> None:
+        for outbox in outboxes:
+            outbox.put(image)
+
+    return MosaicRoom(
+        prior, settings, first_probe(settings, own, shape), overlap_maker(shape, config.compute.backend), publish, hurry, meters.stage
+    )
 
 
 def _bytes_of(outbox: Outbox) -> Callable[[], int]:

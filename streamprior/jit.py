@@ -20,7 +20,7 @@ _KEPT_CACHES = 4
 def _cache_folder() -> Path:
     """A folder for exactly these sources: numba looks at the file of the outermost kernel alone and would keep a stale one otherwise."""
     package = Path(__file__).parent
-    sources = [package / "jit.py", *sorted((package / "stages").glob("*.py"))]
+    sources = [package / "jit.py", *sorted((package / "stages").glob("*.py")), *sorted((package / "mosaic").glob("*.py"))]
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     root = state_folder() / "numba"
     folder = root / digest

@@ -22,7 +22,8 @@ from streamprior.stages.schedule import Plan, Schedule, parse_schedule
 
 @dataclass(frozen=True)
 class Recipe:
-    """`bragg`: prepare, classify, match, refine in the crew; drift in order behind it.
+    """`bragg`: prepare, classify, match, refine in the crew; drift in order behind it. `ptycho`: prepare, classify; drift; then the mosaic,
+    in a room of its own, because each of its frames builds on all that came before.
 
     Built from settings and a prior alone; holds no socket, sink or ledger, so that it can be made anew in any worker.
     """
@@ -31,10 +32,17 @@ class Recipe:
     prepare: PrepareSettings
     refine: RefineSettings
     drift: DriftSettings
+    name: str = "bragg"
+
+    @property
+    def refines(self) -> bool:
+        """Whether frames get objects of their own: one frame of a ptychography scan does not determine any."""
+        return self.name == "bragg" and self.refine.enabled
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        return ("prepare", "classify", "match", "refine") if self.refine.enabled else ("prepare", "classify")
+        own = ("match", "refine") if self.refines else ()
+        return ("prepare", "classify", *own, *(("mosaic",) if self.name == "ptycho" else ()))
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -52,7 +60,7 @@ class Recipe:
             Preparer(self.prior, load_corrections(self.prepare, self.prior.geometry.detector_shape)),
             Classifier(self.prior),
         )
-        if not self.refine.enabled:
+        if not self.refines:
             return always
         refiner = Refiner(self.prior, plan_of(self.refine), self.refine.weight, self.refine.free_fraction)
         return (*always, Matcher(self.prior, self.refine.candidates), refiner)

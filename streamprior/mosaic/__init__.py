@@ -1,0 +1,1 @@
+"""Ptychography: frames with positions -> one running image of the sample."""
