@@ -103,11 +103,16 @@ def demo(
     with faults():
         from streamprior import demo as show
 
-        settings = show.DemoSettings(scenario, frames or len(_twin(scenario)), rate, headless, port)
+        made = _twin(scenario)
         with show.workplace(folder) as place:
             prior = place / f"prior-{Path(scenario).stem}.h5"
             if not prior.exists():
                 _grow_from_twin(scenario, prior)
+            probe = None
+            if made.scan() is not None:
+                probe = place / f"probe-{Path(scenario).stem}.npy"
+                np.save(probe, made.scan().probe)
+            settings = show.DemoSettings(scenario, frames or len(made), rate, headless, port, probe)
             raise typer.Exit(show.run(settings, place, prior, out))
 
 
@@ -118,8 +123,8 @@ def _grow_from_twin(scenario: str, path: Path) -> None:
     from streamprior.train.settings import TrainSettings
 
     twin = _twin(scenario, {"drift": {}})
-    # Somebody waits to see something: a third of the time that the whole library takes.
-    quick = TrainSettings(library=48, starts=3)
+    # Somebody waits to see something: a third of the time that the whole library takes. A ptychography frame alone has no object to solve.
+    quick = TrainSettings(library=0 if twin.scan() is not None else 48, starts=3)
     with progress() as report:
         frames = []
         for i in range(0, len(twin), 4):
@@ -441,7 +446,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="Timed: classify, refine, path, or all of them. Studies: crystals, measured, morphology, reuse, or prior for all."
+            help="Timed: classify, refine, mosaic, path, or all of them. Studies: crystals, measured, morphology, reuse, or prior for these"
+            " four; scans."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line each instead of a table.")] = False,
@@ -451,10 +457,10 @@ def bench(
 
     Example: streamprior bench refine --json
     """
-    from streamprior_bench import BENCHMARKS, STUDIES, machine
+    from streamprior_bench import BENCHMARKS, PRIOR, STUDIES, machine
 
     known = {**BENCHMARKS, **STUDIES}
-    chosen = {"all": tuple(BENCHMARKS), "prior": tuple(STUDIES)}.get(what, (what,))
+    chosen = {"all": tuple(BENCHMARKS), "prior": PRIOR}.get(what, (what,))
     if chosen[0] not in known:
         raise typer.BadParameter(f"{what!r}: choose from {', '.join(known)}, all, prior", param_hint="what")
     if as_json:

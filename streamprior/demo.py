@@ -27,13 +27,15 @@ from streamprior.sinks.embedded import EmbeddedTiled, embedded_tiled
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """scenario of the twin, frames and frames a second, whether it ends by itself, port of the page (0: any free one)."""
+    """scenario of the twin, frames and frames a second, whether it ends by itself, port of the page (0: any free one), and for a
+    ptychography scan the file with its probe."""
 
     scenario: str
     frames: int
     rate_hz: float
     headless: bool
     port: int
+    probe: Path | None = None
 
 
 @contextmanager
@@ -77,6 +79,7 @@ def run(settings: DemoSettings, place: Path, prior: Path, out: Console) -> int:
                 "tiled": {"uri": tiled.uri, "api_key_file": str(_key_file(place, tiled))},
                 "http": {"port": settings.port},
                 "log": {"level": "warning"},
+                **({"recipe": "ptycho", "mosaic": {"probe": str(settings.probe)}} if settings.probe is not None else {}),
             },
             "demo",
         )

@@ -11,7 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from streamprior.errors import WireError
-from streamprior.records import Flag, Result
+from streamprior.records import Flag, MosaicImage, Place, Result
 
 DROP_REASONS = (
     ("receive", "queue_full"),
@@ -59,6 +59,7 @@ class Meters:
         self._score = {signal: score.labels(signal) for signal in signals}
         alarm = Gauge("drift_alarm", "1 while the drift score is beyond its limit.", ["signal"], **ns)
         self._alarm = {signal: alarm.labels(signal) for signal in signals}
+        self._mosaic_frames, self._mosaic = _mosaic_gauges(ns)
         up = Gauge("sink_up", "1 while the sink takes what it is given.", ["sink"], **ns)
         self._up = {sink: up.labels(sink) for sink in sinks}
         Gauge("degradation_level", "0: everything; 1: some frames not refined; 2: some not classified; 3: dropped at ingest.", **ns).set(0)
@@ -113,12 +114,47 @@ class Meters:
             self._score[signal].set(value)
             self._alarm[signal].set(signal in result.alarms)
 
+    def mosaic(self, image: MosaicImage) -> None:
+        """The numbers of the newest image of the sample; NaN where one is not known."""
+        for place, gauge in self._mosaic_frames.items():
+            gauge.set((image.frames.place == place).sum())
+        told = {
+            "chi2": image.chi2,
+            "disagreement": image.disagreement,
+            "resolution_metres": image.resolution if image.unit == "m" else float("nan"),
+            "resolution_pixels": image.resolution / (sum(image.pixel) / 2),
+            "passes": image.passes,
+            "warnings": len(image.warnings),
+            "pixels": image.object.size,
+        }
+        for name, value in told.items():
+            self._mosaic[name].set(value)
+
     def sink_up(self, sink: str, up: bool) -> None:
         self._up[sink].set(up)
 
     def watch(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
         """Numbers that are looked up when somebody scrapes, instead of being kept up to date for nobody."""
         self.registry.register(_AtScrape(in_flight, missing, queues))
+
+
+def _mosaic_gauges(ns: Mapping[str, Any]) -> tuple[dict[Place, Gauge], dict[str, Gauge]]:
+    """(gauge of each place, gauges by name) of the image that ptychography builds up; other recipes leave them as they are."""
+    frames = Gauge("mosaic_frames", "Frames of the newest mosaic's run by what became of them.", ["place"], **ns)
+    helps = {
+        "chi2": "chi2 of the mosaic's prediction of the newest frames.",
+        "disagreement": "Rms difference of the images from odd and from even frames, over the contrast.",
+        "resolution_metres": "Half period at which the halves' ring correlation falls below half a bit; NaN where not known.",
+        "resolution_pixels": "The same in pixels of the mosaic; NaN where it is not known.",
+        "passes": "Passes of frames through the mosaic beyond the first of each.",
+        "warnings": "Sentences of warning that the newest mosaic carries.",
+        "pixels": "Pixels of the newest mosaic, cropped to where light was.",
+    }
+    gauges = {name: Gauge(f"mosaic_{name}", text, **ns) for name, text in helps.items()}
+    # Before the first mosaic these are not known, and 0 would be the best there can be.
+    for name in ("chi2", "disagreement", "resolution_metres", "resolution_pixels"):
+        gauges[name].set(float("nan"))
+    return {place: frames.labels(place.name.lower()) for place in Place}, gauges
 
 
 def _since_exposure(result: Result, at: float) -> float:

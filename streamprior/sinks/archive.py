@@ -1,4 +1,4 @@
-"""Results -> one folder a run on disk: class maps, objects, the frames table and run.json, each by frame index."""
+"""Results -> one folder a run on disk: class maps, objects, the frames table and run.json, each by frame index; mosaic.nxs beside them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,38 @@ import fcntl
 import json
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import structlog
 import zarr
 
 from streamprior.errors import SinkUnavailable
 from streamprior.prior import Prior
-from streamprior.records import NOT_MEASURED, Result, RunEnded, RunStarted
+from streamprior.records import NOT_MEASURED, MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.sinks.chunks import FrameArray, Layout
+from streamprior.sinks.mosaic_file import MOSAIC_FILE, summary, write_mosaic
 from streamprior.sinks.rows import FrameTable, frame_row, frames_schema, read_table
+
+log = structlog.get_logger(__name__)
 
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1
+
+ENDED_RUNS = 16
+"""Runs that are over and may still get an image, from the last sweeps over their frames."""
+
+_IMAGE_OF = {"classes": attrgetter("classes"), "objects": attrgetter("object")}
+"""Array of a run -> what of a result goes into it."""
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk",
@@ -46,14 +58,13 @@ class _Run:
     """What the archive owns of one open run. `about` is the content of run.json."""
 
     folder: Path
-    classes: FrameArray
-    objects: FrameArray
+    arrays: Mapping[str, FrameArray]
     frames: FrameTable
     about: dict[str, Any]
 
 
 class Archive:
-    """The complete sink: every result of every run, by index, at disk speed.
+    """The complete sink: every result of every run, by index, and the newest image of the sample, at disk speed.
 
     `write` returns when chunks, rows and run.json are written and renamed, in this order: what run.json counts is there. It does
     not fsync: SIGKILL loses nothing the kernel has taken, only a power cut could, and waiting for the platters on every batch costs
@@ -64,9 +75,10 @@ class Archive:
     folder : made by `open` if absent.
     prior : shapes of class maps and objects, names of the classes.
     provenance : goes into every run.json (hash of prior and configuration, version, source run uid, device).
-    growth : called with the run's folder when frames have been written and when the run has ended; must not block.
+    growth : called with the run's folder when frames or an image have been written and when the run has ended; must not block.
     drift_columns : keys of `Result.drift` that become columns.
     chunk_frames : frames a chunk; the growing chunk is rewritten by each write, so a larger one costs more where frames are few.
+    objects : False for a recipe that makes no object of a single frame; then there is no such array.
     """
 
     name = "archive"
@@ -80,21 +92,21 @@ class Archive:
         growth: Callable[[Path], None],
         drift_columns: Sequence[str] = (),
         chunk_frames: int = 64,
+        objects: bool = True,
     ) -> None:
         rows, columns = prior.object_box
+        box = (rows.stop - rows.start, columns.stop - columns.start)
         self._folder = folder
-        self._layouts = (
-            Layout("classes", prior.geometry.shape, np.dtype(np.uint8), NOT_MEASURED, chunk_frames),
-            Layout(
-                "objects", (rows.stop - rows.start, columns.stop - columns.start), np.dtype(np.complex64), complex("nan+nanj"), chunk_frames
-            ),
-        )
+        self._layouts = [Layout("classes", prior.geometry.shape, np.dtype(np.uint8), NOT_MEASURED, chunk_frames)]
+        if objects:
+            self._layouts.append(Layout("objects", box, np.dtype(np.complex64), complex("nan+nanj"), chunk_frames))
         self._class_names = prior.class_names
         self._drift_columns = tuple(drift_columns)
         self._provenance = dict(provenance)
         self._object_box = [rows.start, columns.start]
         self._growth = growth
         self._runs: dict[str, _Run] = {}
+        self._ended: OrderedDict[str, Path] = OrderedDict()
         self._lock: IO[bytes] | None = None
 
     def open(self) -> None:
@@ -123,11 +135,14 @@ class Archive:
         folder = self._folder / run_key(run)
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            classes, objects = (FrameArray(folder / layout.name, layout, run.expected) for layout in self._layouts)
+            arrays = {layout.name: FrameArray(folder / layout.name, layout, run.expected) for layout in self._layouts}
             frames = FrameTable(folder / "frames", frames_schema(self._class_names, self._drift_columns))
             about = self._about(run) | {"frames": frames.rows, "extent": frames.extent}
+            before = read_about(folder) if (folder / RUN_FILE).exists() else {}
+            about |= {"mosaic": before["mosaic"]} if "mosaic" in before else {}
             _replace_json(folder / RUN_FILE, about)
-        self._runs[run.uid] = _Run(folder, classes, objects, frames, about)
+        self._runs[run.uid] = _Run(folder, arrays, frames, about)
+        self._ended.pop(run.uid, None)
 
     def write(self, results: Sequence[Result]) -> None:
         """Store results of open runs by index: late, repeated and missing indices are all fine.
@@ -147,29 +162,55 @@ class Archive:
                 # zarr makes missing folders; on an unmounted disk that would fill the mount point, without a word.
                 (run.folder / RUN_FILE).stat()
                 indices = [result.index for result in part]
-                run.classes.write(indices, [result.classes for result in part])
-                run.objects.write(indices, [result.object for result in part])
+                for name, array in run.arrays.items():
+                    array.write(indices, [_IMAGE_OF[name](result) for result in part])
                 run.frames.write([frame_row(result, published, self._class_names, self._drift_columns) for result in part])
                 run.about |= {"frames": run.frames.rows, "extent": max(run.about["extent"], max(indices) + 1)}
                 _replace_json(run.folder / RUN_FILE, run.about)
             self._growth(run.folder)
+
+    def note(self, item: Positions | MosaicImage) -> None:
+        """Replace the run's image of the sample, also of a run that ended not long ago; positions are not kept.
+
+        Raises
+        ------
+        SinkUnavailable
+            The disk is full, read-only or gone; noting the same image again later is safe.
+        """
+        if not isinstance(item, MosaicImage):
+            return
+        run = self._runs.get(item.run)
+        folder = run.folder if run is not None else self._ended.get(item.run)
+        if folder is None:
+            log.warning("image of a run that the archive does not know is left out", run=item.run, serial=item.serial)
+            return
+        with _disk(folder):
+            about = read_about(folder) if run is None else run.about
+            write_mosaic(item, folder / MOSAIC_FILE, _origin_of(about))
+            about["mosaic"] = summary(item)
+            _replace_json(folder / RUN_FILE, about)
+        self._growth(folder)
 
     def end(self, run: RunEnded) -> None:
         """Close the run: arrays are cut to the extent, run.json tells how it ended."""
         ended = self._runs[run.uid]
         with _disk(ended.folder):
             (ended.folder / RUN_FILE).stat()
-            ended.classes.trim(ended.about["extent"])
-            ended.objects.trim(ended.about["extent"])
+            for array in ended.arrays.values():
+                array.trim(ended.about["extent"])
             # A run that our own shutdown cut short is not complete, whatever reached the disk.
             status = "interrupted" if run.reason == "shutdown" else "complete"
             _replace_json(ended.folder / RUN_FILE, ended.about | {"status": status, "end_reason": run.reason, "closed": run.closed})
         del self._runs[run.uid]
+        self._ended[run.uid] = ended.folder
+        while len(self._ended) > ENDED_RUNS:
+            self._ended.popitem(last=False)
         self._growth(ended.folder)
 
     def close(self) -> None:
         """Let go of the folder. A run that was not ended stays `running` on disk; the next `open` marks it interrupted."""
         self._runs.clear()
+        self._ended.clear()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -219,7 +260,8 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ArchivedRun:
-    """A run as read back: about is run.json; classes (N, H, W) uint8; objects (N, h, w) complex64; frames one row a frame."""
+    """A run as read back: about is run.json; classes (N, H, W) uint8; objects (N, h, w) complex64, empty where the recipe makes none;
+    frames one row a frame."""
 
     about: Mapping[str, Any]
     classes: npt.NDArray[np.uint8]
@@ -230,8 +272,15 @@ class ArchivedRun:
 def read_run(folder: Path) -> ArchivedRun:
     """Read one run of an archive, also while it is being written: N is the extent that run.json counted."""
     about = read_about(folder)
-    classes, objects = (zarr.open_array(folder / name, mode="r")[: about["extent"]] for name in ("classes", "objects"))
-    return ArchivedRun(about, np.asarray(classes), np.asarray(objects), read_table(folder / "frames"))
+    arrays = {name: np.asarray(zarr.open_array(folder / name, mode="r")[: about["extent"]]) for name in about["arrays"]}
+    objects = arrays.get("objects", np.empty((0, 0, 0), np.complex64))
+    return ArchivedRun(about, arrays["classes"], objects, read_table(folder / "frames"))
+
+
+def _origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file that leaves the archive must carry with it of run.json."""
+    title = f"image of the sample from {about['source']}, series {about['series']}"
+    return {"title": title, **{key: about[key] for key in ("uid", "source", "series", "opened", "provenance", "metadata")}}
 
 
 @contextmanager

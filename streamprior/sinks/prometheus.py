@@ -1,11 +1,11 @@
-"""Newest result -> gauges: chi2, mask IoU, drift scores and alarms for whoever scrapes /metrics."""
+"""Newest result and image -> gauges: chi2, mask IoU, drift scores, alarms and the mosaic for whoever scrapes /metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from streamprior.metrics import Meters
-from streamprior.records import Result, RunEnded, RunStarted
+from streamprior.records import MosaicImage, Positions, Result, RunEnded, RunStarted
 
 
 class Prometheus:
@@ -23,6 +23,10 @@ class Prometheus:
 
     def write(self, results: Sequence[Result]) -> None:
         self._meters.newest(results[-1])
+
+    def note(self, item: Positions | MosaicImage) -> None:
+        if isinstance(item, MosaicImage):
+            self._meters.mosaic(item)
 
     def end(self, run: RunEnded) -> None: ...
 

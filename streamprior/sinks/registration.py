@@ -1,4 +1,4 @@
-"""A run's folder -> its nodes in Tiled: a container, two arrays and a table that stay where they are on disk."""
+"""A run's folder -> its nodes in Tiled: a container, arrays, a table and the mosaic's file, all of which stay where they are on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from streamprior.errors import SinkUnavailable
 from streamprior.sinks.archive import read_about
+from streamprior.sinks.mosaic_file import DIMS, IMAGES
 from streamprior.sinks.rows import part_number, part_paths
 from streamprior.sinks.tiled_api import TiledApi, TiledRefused, create, make_containers, node_path
 
@@ -28,10 +29,11 @@ class RunUnreadable(SinkUnavailable):
 
 @dataclass
 class _Known:
-    """What Tiled was told of one run: (status, extent, frames) as its metadata has them, and for each node its data source's id
-    and extent (frames, or parts)."""
+    """What Tiled was told of one run: its state as the metadata have it, for each node its data source's id and extent (frames, or
+    parts), and which image of the sample."""
 
     told: tuple[Any, ...]
+    image: tuple[Any, ...] | None = None
     nodes: dict[str, tuple[int, int]] = field(default_factory=dict)
     readable: bool = False
 
@@ -90,6 +92,8 @@ class Registrar:
                 for name, layout in about["arrays"].items():
                     self._sync_array(folder.name, name, layout, about["extent"])
                 self._check_readable(folder, known)
+            if about.get("mosaic"):
+                self._sync_mosaic(folder.name, about["mosaic"])
             if not running or known.told[0] != "running":  # at the end, and when a run that had ended goes on
                 path = f"/metadata/{node_path([*self._parent, folder.name])}"
                 self._api.send("PUT", path, {"metadata": about, "specs": [RUN_SPEC]}, drop_revision="true")
@@ -115,6 +119,9 @@ class Registrar:
                 (source,) = child["data"]["attributes"]["data_sources"]
                 structure = source["structure"]
                 known.nodes[name] = source["id"], structure["shape"][0] if "shape" in structure else structure["npartitions"]
+        mosaic = self._api.get(f"/metadata/{node_path([*path, 'mosaic'])}") if about.get("mosaic") else None
+        if mosaic is not None:
+            known.image = _image(mosaic["data"]["attributes"]["metadata"])
         return known
 
     def _sync_array(self, key: str, name: str, layout: Mapping[str, Any], extent: int) -> None:
@@ -141,6 +148,26 @@ class Registrar:
         ]
         source = _source("table", table_structure(schema, len(parts)), "application/x-parquet", assets)
         self._tell(key, "frames", source, len(parts), {})
+
+    def _sync_mosaic(self, key: str, mosaic: Mapping[str, Any]) -> None:
+        """The file as a container whose arrays Tiled takes from the file itself, at every request.
+
+        As arrays of their own they would have a shape in Tiled's catalog, and until that is told anew whoever reads gets an error: most of
+        the time, as the canvas grows with nearly every image (seen in 0.2.20).
+        """
+        known, path = self._known[key], [*self._parent, key]
+        if known.image == _image(mosaic):
+            return
+        metadata = {**mosaic, "axes": DIMS}
+        if known.image is not None:
+            self._api.send("PUT", f"/metadata/{node_path([*path, 'mosaic'])}", {"metadata": metadata}, drop_revision="true")
+        else:
+            asset = {"data_uri": self._uri(key, mosaic["file"]), "is_directory": False, "parameter": "data_uris", "num": 0}
+            source = _source("container", None, "application/x-hdf5", [asset]) | {"parameters": {"dataset": IMAGES}}
+            body = {"id": "mosaic", "structure_family": "container", "metadata": metadata, "data_sources": [source]}
+            if create(self._api, path, body, verb="register") is None:
+                raise TiledRefused(409, f"Tiled holds {'/'.join([*path, 'mosaic'])} although it said no; trying again")
+        known.image = _image(mosaic)
 
     def _tell(self, key: str, name: str, source: dict[str, Any], extent: int, patch: Mapping[str, str]) -> None:
         known = self._known[key]
@@ -190,6 +217,14 @@ def array_structure(layout: Mapping[str, Any], extent: int) -> dict[str, Any]:
     return asdict(structure)
 
 
+def tiles_structure(tile: int, count: tuple[int, int]) -> dict[str, Any]:
+    """Tiled's structure of a float16 image made of tiles of `tile` x `tile` pixels, so many down and across."""
+    from tiled.structures.array import ArrayStructure, BuiltinDtype
+
+    shape, chunks = tuple(tile * number for number in count), tuple((tile,) * number for number in count)
+    return asdict(ArrayStructure(shape=shape, chunks=chunks, dims=DIMS, data_type=BuiltinDtype.from_numpy_dtype(np.dtype(np.float16))))
+
+
 def table_structure(schema: Any, parts: int) -> dict[str, Any]:
     """Tiled's structure of a table of `parts` files with this Arrow schema."""
     from tiled.structures.table import TableStructure
@@ -197,7 +232,7 @@ def table_structure(schema: Any, parts: int) -> dict[str, Any]:
     return asdict(TableStructure.from_schema(schema, npartitions=parts))
 
 
-def _source(family: str, structure: Mapping[str, Any], mimetype: str, assets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _source(family: str, structure: Mapping[str, Any] | None, mimetype: str, assets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "structure_family": family,
         "structure": structure,
@@ -209,7 +244,11 @@ def _source(family: str, structure: Mapping[str, Any], mimetype: str, assets: Se
 
 
 def _state(about: Mapping[str, Any]) -> tuple[Any, ...]:
-    return about.get("status"), about.get("extent"), about.get("frames")
+    return about.get("status"), about.get("extent"), about.get("frames"), _image(about.get("mosaic") or {})
+
+
+def _image(mosaic: Mapping[str, Any]) -> tuple[Any, ...]:
+    return mosaic.get("serial"), mosaic.get("final")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Path], Any]:

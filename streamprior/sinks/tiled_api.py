@@ -71,9 +71,9 @@ class TiledApi:
         answer = self._call(method, path, params=query, content=content, headers={"Content-Type": "application/json"})
         return answer.json() if answer.content else None
 
-    def put_bytes(self, path: str, content: bytes) -> None:
+    def put_bytes(self, path: str, content: bytes, method: str = "PUT", **query: str) -> None:
         """Send raw bytes of an array."""
-        self._call("PUT", path, content=content, headers={"Content-Type": "application/octet-stream"})
+        self._call(method, path, params=query, content=content, headers={"Content-Type": "application/octet-stream"})
 
     def delete(self, path: str) -> None:
         """Remove a node with its data, where it exists."""
