@@ -22,7 +22,7 @@ from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.mosaic.backend import overlap_maker
 from streamprior.mosaic.room import MosaicRoom
-from streamprior.mosaic.scan import first_probe
+from streamprior.mosaic.scan import check_trust, first_probe
 from streamprior.outbox import Outbox
 from streamprior.pipeline import Pipeline
 from streamprior.prior import Prior, load_prior
@@ -61,6 +61,7 @@ class Daemon:
     archive: Archive
     catalog: Catalog | None
     server: HttpServer
+    mosaic: MosaicRoom | None = None
 
 
 def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
@@ -82,6 +83,7 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
     # A live sink holds no more than a few results: it shows the newest.
     shown: list[Sink] = [*live, page, Prometheus(meters)]
     outboxes += [Outbox(sink, _MIB, ledger, meters) for sink in shown]
+    room: MosaicRoom | None = None
     if config.recipe == "ptycho":
         room = _mosaic(config, prior, outboxes, lambda: pipeline.stopping, meters)
         outboxes = [Outbox(room, config.queues.outbox_mb * _MIB, ledger, meters, feeds=outboxes, every=True), *outboxes]
@@ -121,7 +123,7 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
         return state | ({"tiled": catalog.up} if catalog is not None else {})
 
     server = HttpServer(make_app(meters, ledger, page, ready), config.http)
-    return Daemon(config, recipe, ledger, source, pipeline, archive, catalog, server)
+    return Daemon(config, recipe, ledger, source, pipeline, archive, catalog, server, room)
 
 
 def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
@@ -238,9 +240,7 @@ def _mosaic(config: Config, prior: Prior, outboxes: Sequence[Outbox], hurry: Cal
     """The room that puts frames together. Raises ConfigError where the probe cannot be had or the backend does not compute."""
     settings, shape = config.mosaic, prior.geometry.shape
     own = config.source.path if config.source.kind == "file" else None
-    unknown = settings.trust.keys() - set(prior.class_names)
-    if unknown:
-        raise ConfigError(f"mosaic.trust: {', '.join(sorted(unknown))} is no class of this prior; it has {', '.join(prior.class_names)}")
+    check_trust(settings, prior)
 
     def publish(image: MosaicImage) -> None:
         for outbox in outboxes:

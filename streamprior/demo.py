@@ -21,7 +21,7 @@ from streamprior.config import make_config
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.ledger import account_line
 from streamprior.records import Result, RunStarted
-from streamprior.sinks.archive import read_run, run_folders
+from streamprior.sinks.archive import read_about, read_run, run_folders
 from streamprior.sinks.embedded import EmbeddedTiled, embedded_tiled
 
 
@@ -100,7 +100,7 @@ def _play(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatch, 
         accounts = running.ledger.runs()
         if twins[0].poll() not in (None, 0) and not accounts:
             return True
-        over = bool(accounts) and accounts[0]["closed"] is not None
+        over = bool(accounts) and accounts[0]["closed"] is not None and not (running.mosaic is not None and running.mosaic.busy)
         if over and not said and not settings.headless:
             said.append("The run is over and archived; page and Tiled stay up until Ctrl-C.")
             out.print(said[0])
@@ -156,6 +156,8 @@ def _summary(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatc
         out.print(account_line(account), markup=False, highlight=False, soft_wrap=True)
     if stopwatch.results:
         _print_latencies(stopwatch, archive, out)
+    if running.mosaic is not None:
+        _print_mosaic(archive, out)
     published = accounts[0]["published"] if accounts else 0
     whole = running.ledger.is_balanced() and (published == settings.frames or not settings.headless)
     out.print(f"{published} of {settings.frames} published, ledger {'balanced' if running.ledger.is_balanced() else 'NOT balanced'}")
@@ -182,6 +184,23 @@ def _print_latencies(stopwatch: Stopwatch, archive: Path, out: Console) -> None:
     frames = read_run(run_folders(archive)[-1]).frames
     _add(table, "latency of the archive", frames["published"].to_numpy() - frames["detector_time"].to_numpy())
     out.print(table)
+
+
+def _print_mosaic(archive: Path, out: Console) -> None:
+    """What the image of the sample is worth, and where it lies."""
+    folder = run_folders(archive)[-1]
+    about = read_about(folder).get("mosaic")
+    if about is None:
+        out.print("no mosaic: no frame had a position")
+        return
+    scale, unit = (1e9, "nm") if about["unit"] == "m" else (1.0, "px")
+    known = {name: about[name] for name in ("resolution", "disagreement", "chi2") if about[name] is not None}
+    words = [f"{about['shape'][0]} x {about['shape'][1]} pixels of {about['pixel'][0] * scale:.3g} {unit} from {about['frames_in']} frames"]
+    words += [f"resolution {known['resolution'] * scale:.3g} {unit} (half period)"] if "resolution" in known else []
+    words += [f"odd and even frames differ by {known['disagreement']:.0%} of the contrast"] if "disagreement" in known else []
+    out.print(f"mosaic: {', '.join(words)}: {folder / about['file']}", highlight=False, soft_wrap=True)
+    for warning in about["warnings"]:
+        out.print(f"mosaic: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _add(table: Table, name: str, seconds: Any) -> None:

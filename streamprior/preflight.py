@@ -10,8 +10,10 @@ from importlib.util import find_spec
 
 from starlette.applications import Starlette
 
+from streamprior.arrays import check_backend, cuda_missing
 from streamprior.config import Config, HttpSettings, state_folder, tiled_api_key
 from streamprior.errors import ConfigError, PriorError, SinkUnavailable
+from streamprior.mosaic.scan import check_trust, first_probe
 from streamprior.prior import load_prior
 from streamprior.server import HttpServer
 from streamprior.sinks.archive import claim
@@ -39,14 +41,14 @@ def inspect(config: Config) -> Iterator[Finding]:
     looks: dict[str, Callable[[], str]] = {
         "prior": lambda: _prior(config),
         "corrections": lambda: _corrections(config),
-        "refine": lambda: _refine(config),
+        **({"mosaic": lambda: _mosaic(config)} if config.recipe == "ptycho" else {"refine": lambda: _refine(config)}),
         "source": lambda: _source(config),
         "http": lambda: _http(config.http),
         "archive": lambda: _archive(config),
         "tiled": lambda: _tiled(config),
         "state folder": _state,
         "FFT": _fft,
-        "GPU": _gpu,
+        "GPU": lambda: _gpu(config),
     }
     for what, look in looks.items():
         try:
@@ -80,6 +82,18 @@ def _refine(config: Config) -> str:
     tried = f"{arms - 1} of {len(library.psi)} prototypes and a flat start" if library is not None and arms > 1 else "a flat start alone"
     words = f"{tried}, at most {plan.iterations(arms)} iterations, {plan.ffts(arms)} FFTs a frame: {plan.schedule}"
     return words if judges_chi2(config.refine) else f"{words}; chi2 raises no alarm, its baseline is that of the default settings"
+
+
+def _mosaic(config: Config) -> str:
+    settings, prior = config.mosaic, load_prior(config.prior)
+    own = config.source.path if config.source.kind == "file" else None
+    probe = first_probe(settings, own, prior.geometry.shape)
+    check_trust(settings, prior)
+    rows, columns = prior.geometry.shape
+    begins = f"{len(probe)} modes from {settings.probe or own}" if probe is not None else f"modelled, {settings.spot_px:g} px wide"
+    moves = f"refined with {settings.modes or (1 if probe is None else len(probe))} modes" if settings.refine else "held"
+    pixel = f"{settings.pixel_nm:g} nm" if settings.pixel_nm is not None else "as the start message says, or positions in pixels"
+    return f"probe of {rows} x {columns}, {begins}, {moves}; positions on {settings.axes}; object pixel {pixel}"
 
 
 def _source(config: Config) -> str:
@@ -146,7 +160,9 @@ def _fft() -> str:
     return "FFTW through pyFFTW"
 
 
-def _gpu() -> str:
-    if find_spec("cupy") is None:
-        return "none is used in this version; refinement runs on the CPU"
-    return "CuPy is installed, but refinement runs on the CPU in this version"
+def _gpu(config: Config) -> str:
+    if config.recipe != "ptycho":
+        return "not used: refinement runs on the CPU in this version"
+    if check_backend(config.compute.backend, ("cpu", "cuda")) == "cuda":
+        return "the mosaic is put together on the CUDA card"
+    return f"the mosaic is put together on the CPU ({'as compute.backend says' if config.compute.backend == 'cpu' else cuda_missing()})"

@@ -156,16 +156,38 @@ def update_window(image, light, row, column, probe, intensity, field, patch, rul
     columns = intensity.shape[1]
     gained = patch[1, 0]
     for y in range(intensity.shape[0]):
-        old = image[row + y, 2 * column : 2 * (column + columns)]
         for x in range(2 * columns):
             gained[x] = F32(0)
         for m in range(probe.shape[0]):
-            add_residual(probe[m, y], probe[m, y], old, field[m, y], gained)
-        had, own, new = light[row + y, column : column + columns], intensity[y], patch[0, y]
-        for x in range(columns):
-            share = F32(1) / (own[x] + weight + memory * had[x])
-            new[2 * x] = old[2 * x] + gained[2 * x] * share
-            new[2 * x + 1] = old[2 * x + 1] + gained[2 * x + 1] * share
+            add_adjoint(probe[m, y], field[m, y], gained)
+        move_row(
+            image[row + y, 2 * column : 2 * (column + columns)],
+            light[row + y, column : column + columns],
+            intensity[y],
+            gained,
+            weight,
+            memory,
+            patch[0, y],
+        )
+
+
+@kernel
+def add_adjoint(probe, field, gained):  # type: ignore[no-untyped-def]
+    """gained += conj(probe) field, along a row."""
+    for x in range(field.size // 2):
+        a, b = probe[2 * x], probe[2 * x + 1]
+        c, d = field[2 * x], field[2 * x + 1]
+        gained[2 * x] += a * c + b * d
+        gained[2 * x + 1] += a * d - b * c
+
+
+@kernel
+def move_row(old, had, own, gained, weight, memory, new):  # type: ignore[no-untyped-def]
+    """new = old + (gained - own old) / (own + weight + memory had), along a row."""
+    for x in range(own.size):
+        share = F32(1) / (own[x] + weight + memory * had[x])
+        new[2 * x] = old[2 * x] + (gained[2 * x] - own[x] * old[2 * x]) * share
+        new[2 * x + 1] = old[2 * x + 1] + (gained[2 * x + 1] - own[x] * old[2 * x + 1]) * share
 
 
 @kernel

@@ -22,6 +22,9 @@ POLISH = Rule(1, 1.0, 0.0, lit=False)
 BLOCK = 8
 """Frames after which the probe is moved: few enough for the next ones to gain by it, many enough to average."""
 
+_GUARDED, _WORSE, _KNOWN = 64, 2.0, 0.5
+"""Frames over which the guard of the probe judges, how much worse they must be foretold, and their least overlap."""
+
 _ROUND = 64
 """Canvas sides are multiples of this, so that a canvas grows seldom."""
 
@@ -116,6 +119,7 @@ class Mosaic:
         self.kept: deque[Shot] = deque()
         self._kept_bytes = 0
         self._polished = 0
+        self._guard = _Guard()
         self.frames = 0
         self.passes = 0  # beyond the first of each frame
 
@@ -123,9 +127,13 @@ class Mosaic:
         if self._helper is not None:
             self._helper.shutdown()
 
-    def fits(self, position: tuple[float, float]) -> bool:
-        """Whether the canvas may grow to hold a frame at this place; a stage that reports nonsense once must not take all memory."""
-        return self._bytes(self._united([position])) <= self._canvas_bytes
+    def holds(self, position: tuple[float, float]) -> bool:
+        """Whether the canvas need not grow for a frame at this place."""
+        return self._united([position]) == self._extent
+
+    def fits(self, *positions: tuple[float, float]) -> bool:
+        """Whether the canvas may grow to hold frames at these places; a stage that reports nonsense once must not take all memory."""
+        return self._bytes(self._united(positions)) <= self._canvas_bytes
 
     def add(self, shots: Sequence[Shot]) -> list[Passed]:
         """Each frame's first pass, in the order given. Every position must fit."""
@@ -143,12 +151,14 @@ class Mosaic:
         self.frames += len(block)
         for shot in block:
             self._keep(shot)
-        if self._gain and self.frames % BLOCK == 0:
-            self._move_probe(self._gain)
-        return [
+        found = [
             Passed(shot.index, before / photons, after / photons, seen)
             for shot, (before, after, seen), photons in zip(block, misfit.tolist(), power.tolist(), strict=True)
         ]
+        if self._gain and self.frames % BLOCK == 0:
+            self._move_probe(self._gain)
+            self._guard.watch(self.places, [one.before for one in found if one.overlap > _KNOWN])
+        return found
 
     def sweep(self, rule: Rule = SWEEP, seed: int = 0) -> Iterator[float]:
         """One more pass over the kept frames, in an order drawn by `seed`; yields the part that is done after each block.
@@ -317,6 +327,28 @@ class Mosaic:
     def _bytes(self, extent: Extent) -> int:
         layers = 3 if self._helper is not None else 1
         return (extent[2] - extent[0]) * (extent[3] - extent[1]) * _PIXEL_BYTES * layers
+
+
+class _Guard:
+    """Remembers the probe with which frames on known ground were foretold best, and goes back to it when they no longer are: a stretch of
+    frames whose positions are wrong would otherwise leave a spoilt probe behind."""
+
+    def __init__(self) -> None:
+        self._newest: deque[float] = deque(maxlen=_GUARDED)
+        self._best: tuple[float, Modes] | None = None
+
+    def watch(self, places: ProbePlaces, foretold: Sequence[float]) -> None:
+        self._newest.extend(foretold)
+        if len(self._newest) < _GUARDED:
+            return
+        mean = float(np.mean(self._newest))
+        if self._best is None or mean < self._best[0]:
+            self._best = mean, places.modes
+        elif mean > _WORSE * self._best[0]:
+            places.replace(self._best[1])
+            # What they are foretold like from here on is the new measure: the sample may simply be another.
+            self._best = None
+            self._newest.clear()
 
 
 def _power(shots: Shots) -> npt.NDArray[np.float64]:

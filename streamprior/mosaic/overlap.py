@@ -104,6 +104,7 @@ class CpuOverlap:
         self._gradient = np.zeros((0, modes, shape[0], 2 * shape[1]), F32)
         self._nothing = self._gradient
         self._dose = np.zeros(shape, F32)
+        self._asked = 0  # slots of the gradient that are in use
 
     def canvas(self, rows: int, columns: int) -> Canvas:
         return Canvas(np.ones((rows, columns), np.complex64), np.zeros((rows, columns), F32))
@@ -120,7 +121,7 @@ class CpuOverlap:
         """Put frames in, one after another. Returns (B, 3): sum (|field| - target)^2 before the first and the last update of each, and the
         part of its light that fell where others had been."""
         misfit = np.zeros((len(shots), 3))
-        gradient = self._room(places) if refine else self._nothing
+        gradient = self._room(places, shots) if refine else self._nothing
         numbers = np.array([rule.iterations, rule.weight * places.peak, rule.memory, DIM * places.peak, rule.lit])
         plan = self._plan
         common = (_pairs(plan.psi), _pairs(plan.field), _pairs(places.probes), places.power, shots.slots, shots.corners, shots.targets)
@@ -152,7 +153,7 @@ class CpuOverlap:
     def gather(self, canvas: Canvas, total: Canvas, shots: Shots, places: ProbePlaces, refine: bool) -> npt.NDArray[np.float64]:
         """Add to `total` what frames ask of a canvas that stands still; `project` then moves it. Returns (B,): sum (|field| - target)^2."""
         misfit = np.zeros(len(shots))
-        gradient = self._room(places) if refine else self._nothing
+        gradient = self._room(places, shots) if refine else self._nothing
         plan = self._plan
         common = (_pairs(plan.psi), _pairs(plan.field), _pairs(places.probes), places.power, shots.slots, shots.corners, shots.targets)
         rest = (shots.trust, _pairs(canvas.image), _pairs(total.image), total.light, self._patch, misfit, gradient, self._dose)
@@ -180,16 +181,18 @@ class CpuOverlap:
         canvas.image += total.image / (total.light + F32(FLOOR) * max(F32(total.light.max()), F32(1e-30)))
 
     def take_gradient(self) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.float32]]:
-        """What the frames since the last call ask of the probe (slots, modes, H, W), and the sum of |object|^2 under it (H, W)."""
-        gradient, dose = self._gradient.view(np.complex64).copy(), self._dose.copy()
-        self._gradient[...] = 0
+        """What the frames since the last call ask of the probe (slots used, modes, H, W), and the sum of |object|^2 under it (H, W)."""
+        gradient, dose = self._gradient[: self._asked].view(np.complex64).copy(), self._dose.copy()
+        self._gradient[: self._asked] = 0
         self._dose[...] = 0
+        self._asked = 0
         return gradient, dose
 
     def fetch(self, canvas: Canvas) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.float32]]:
         return canvas.image.copy(), canvas.light.copy()
 
-    def _room(self, places: ProbePlaces) -> npt.NDArray[np.float32]:
+    def _room(self, places: ProbePlaces, shots: Shots) -> npt.NDArray[np.float32]:
+        self._asked = max(self._asked, int(shots.slots.max(initial=-1)) + 1)
         if len(self._gradient) < len(places.probes):
             grown = np.zeros((len(places.probes), *self._gradient.shape[1:]), F32)
             grown[: len(self._gradient)] = self._gradient

@@ -6,6 +6,7 @@ A probe is (modes, H, W) complex64 in the order of the object, sum |probe|^2 = p
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.fft
 
+from streamprior.arrays import make_plan
 from streamprior.errors import ConfigError
 
 Modes = npt.NDArray[np.complex64]
@@ -24,6 +26,9 @@ _DATASETS = ("entry_1/instrument_1/source_1/illumination", "entry/probe/modes", 
 _PLACES = (16, 8, 4, 2)
 _PLACES_BYTES = 128 * 2**20
 """Probes are kept at 16 x 16 places within a pixel, at fewer where they would take more than this. 16 leave 0.02 px of rounding (rms)."""
+
+_LONGEST_STEP = 0.3
+"""Of the probe's norm."""
 
 _MODE_SHARE = 0.1
 """Part of the first mode's modulus that a further mode begins with; refinement finds how much it truly has."""
@@ -52,7 +57,7 @@ def load_probe(file: str | os.PathLike[str], shape: tuple[int, int]) -> Modes:
                 if not places or not isinstance(opened.get(places[0]), h5py.Dataset):
                     raise ValueError(f"no dataset {inside}" if inside else f"none of the datasets {', '.join(_DATASETS)}")
                 array = opened[places[0]][()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"mosaic.probe: {file} cannot be read ({error}); name a .npy file, a CXI file or FILE::/dataset") from None
     modes = array[None] if array.ndim == 2 else array
     if modes.ndim != 3 or modes.dtype.kind not in "cf" or not np.isfinite(modes).all() or not modes.any():
@@ -118,16 +123,14 @@ def centroid(intensity: npt.NDArray[np.floating[Any]]) -> tuple[float, float]:
     return float(plane.sum(1) @ np.arange(plane.shape[0]) / total), float(plane.sum(0) @ np.arange(plane.shape[1]) / total)
 
 
+@lru_cache(256)
+def _ramp(side: int, shift_px: float) -> npt.NDArray[np.complex64]:
+    return np.asarray(np.exp(-2j * np.pi * shift_px * scipy.fft.fftfreq(side)), np.complex64)
+
+
 def ramps(shape: tuple[int, int], shift_px: tuple[float, float]) -> npt.NDArray[np.complex64]:
     """(H, W): what the spectrum of a field is multiplied with to move it by (rows, columns), fractions of a pixel too."""
-    rows = np.exp(-2j * np.pi * shift_px[0] * scipy.fft.fftfreq(shape[0]))
-    columns = np.exp(-2j * np.pi * shift_px[1] * scipy.fft.fftfreq(shape[1]))
-    return np.asarray(rows[:, None] * columns, np.complex64)
-
-
-def moved(probe: Modes, shift_px: tuple[float, float]) -> Modes:
-    """The probe moved by (rows, columns) pixels, by Fourier shift."""
-    return np.asarray(scipy.fft.ifft2(scipy.fft.fft2(probe) * ramps((probe.shape[1], probe.shape[2]), shift_px)), np.complex64)
+    return np.asarray(_ramp(shape[0], shift_px[0])[:, None] * _ramp(shape[1], shift_px[1]), np.complex64)
 
 
 class ProbePlaces:
@@ -136,24 +139,22 @@ class ProbePlaces:
     A frame at a fraction of a pixel sees the probe moved by that fraction. Copies are made when a place is first needed, and again after
     the probe has changed.
 
-    probes : (S, M, H, W) complex64. power : (S, H, W) float32, their intensity. version : changes with the probe; while it stays, what is
-    at a slot stays, and further slots may come.
+    modes : (M, H, W), the probe itself. probes : (S, M, H, W) complex64. power : (S, H, W) float32, their intensity. peak : largest
+    intensity, the unit of the proximal weight. version : changes with the probe; while it stays, what is at a slot stays, and further slots
+    may come.
     """
 
     def __init__(self, probe: Modes) -> None:
         self.modes = np.ascontiguousarray(probe, np.complex64)
         self._shape = (probe.shape[1], probe.shape[2])
         self.per_pixel = next((n for n in _PLACES if n * n * self.modes.nbytes <= _PLACES_BYTES), _PLACES[-1])
+        self._plan = make_plan(self._shape, batch=len(probe))
         self._photons = float((np.abs(probe) ** 2).sum())
         self._slots: dict[tuple[int, int], int] = {}
         self.version = 0
         self.probes = np.empty((0, *probe.shape), np.complex64)
         self.power = np.empty((0, *self._shape), np.float32)
-
-    @property
-    def peak(self) -> float:
-        """Largest intensity of the probe: the unit of the proximal weight."""
-        return float((np.abs(self.modes) ** 2).sum(0).max())
+        self.peak = _peak(self.modes)
 
     def places(self, positions: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(B, 2) window corners in pixels -> whole pixels (B, 2) and the slot (B,) of the fraction that is left."""
@@ -165,40 +166,59 @@ class ProbePlaces:
             self._make(fresh)
         return corners, np.array([self._slots[key] for key in keys], np.int64)
 
+    def refine(self, gradient: npt.NDArray[np.complex64], dose: npt.NDArray[np.float32], gain: float) -> None:
+        """Move the probe along what a block of frames asks of it.
+
+        Its photons are held, as an object that brightens the other way explains the frames as well; and no step is longer than a part of
+        the probe, so that a block of frames without sense cannot carry it away.
+
+        Parameters
+        ----------
+        gradient : (S, M, H, W), sum over frames of conj(object) (field - probe object), by slot. dose : (H, W), sum of |object|^2 over
+            the same frames. gain : 1 moves it to the least-squares answer of this block alone.
+        """
+        spectrum = np.zeros(self.modes.shape, np.complex64)
+        for key, slot in self._slots.items():
+            if slot < len(gradient) and gradient[slot].any():
+                spectrum += self._transformed(gradient[slot]) * self._ramps(key).conj()
+        step = np.float32(gain) * self._returned(spectrum) / (dose + np.float32(0.1) * dose.max())
+        length = float(np.linalg.norm(step) / np.linalg.norm(self.modes))
+        if np.isfinite(length) and length > 0:
+            self.replace(scaled(self.modes + step * np.float32(min(1.0, _LONGEST_STEP / length)), self._photons))
+
+    def replace(self, modes: Modes) -> None:
+        """Another probe from now on."""
+        self.modes = modes
+        self.peak = _peak(modes)
+        self._slots.clear()
+        self.version += 1
+
     def _make(self, keys: list[tuple[int, int]]) -> None:
         first = len(self._slots)
         if first + len(keys) > len(self.probes):
             room = min(self.per_pixel**2, max(2 * len(self.probes), first + len(keys)))
             self.probes = np.concatenate([self.probes, np.empty((room - len(self.probes), *self.probes.shape[1:]), np.complex64)])
             self.power = np.concatenate([self.power, np.empty((room - len(self.power), *self._shape), np.float32)])
-        spectrum = scipy.fft.fft2(self.modes)
+        spectrum = self._transformed(self.modes)
         for slot, key in enumerate(keys, first):
-            shift = (key[0] / self.per_pixel, key[1] / self.per_pixel)
-            self.probes[slot] = self.modes if key == (0, 0) else scipy.fft.ifft2(spectrum * ramps(self._shape, shift))
+            self.probes[slot] = self.modes if key == (0, 0) else self._returned(spectrum * self._ramps(key))
             self.power[slot] = (np.abs(self.probes[slot]) ** 2).sum(0)
             self._slots[key] = slot
 
-    def refine(self, gradient: npt.NDArray[np.complex64], dose: npt.NDArray[np.float32], gain: float) -> None:
-        """Move the probe along what a block of frames asks of it.
+    def _ramps(self, key: tuple[int, int]) -> npt.NDArray[np.complex64]:
+        return ramps(self._shape, (key[0] / self.per_pixel, key[1] / self.per_pixel))
 
-        Parameters
-        ----------
-        gradient : (S, M, H, W), sum over frames of conj(object) (field - probe object), by slot. dose : (H, W), sum of |object|^2 over
-            the same frames. gain : 1 moves it to the least-squares answer of this block alone.
+    def _transformed(self, modes: Modes) -> Modes:
+        self._plan.psi[...] = modes
+        self._plan.forward()
+        return self._plan.field.copy()
 
-        Its photons, its centre of mass and the centre of its far field are held: an object that moves, tilts or brightens the other way
-        explains the frames as well, and a mosaic whose probe creeps is smeared.
-        """
-        spectrum = np.zeros(self.modes.shape, np.complex64)
-        for key, slot in self._slots.items():
-            part = gradient[slot] if slot < len(gradient) else None
-            if part is not None and part.any():
-                shift = (-key[0] / self.per_pixel, -key[1] / self.per_pixel)
-                spectrum += scipy.fft.fft2(part) * ramps(self._shape, shift)
-        step = np.asarray(scipy.fft.ifft2(spectrum) / (dose + np.float32(0.1) * dose.max()), np.complex64)
-        moved_to = self.modes + np.float32(gain) * step
-        photons = float((np.abs(moved_to) ** 2).sum())
-        if np.isfinite(photons) and photons > 0:
-            self.modes = scaled(moved_to, self._photons)
-            self._slots.clear()
-            self.version += 1
+    def _returned(self, spectrum: Modes) -> Modes:
+        self._plan.field[...] = spectrum
+        self._plan.backward()
+        return self._plan.field * np.float32(1 / (self._shape[0] * self._shape[1]))
+
+
+def _peak(modes: Modes) -> float:
+    """Largest intensity of the probe: the unit of the proximal weight."""
+    return float((np.abs(modes) ** 2).sum(0).max())

@@ -113,13 +113,18 @@ class MosaicRoom:
 
     def close(self) -> None:
         """Wait until the hand has finished every run; with `hurry` that is at once."""
-        for job in self._jobs:
+        for job in list(self._jobs):
             if not job.ended:
                 job.finishing, job.ended = iter(()), True
         self._closing.set()
         if self._hand is not None:
             self._hand.join()
         self._raise()
+
+    @property
+    def busy(self) -> bool:
+        """A run is open, or its passes and its last image are not through."""
+        return bool(self._jobs)
 
     def step(self) -> bool:
         """One short piece of the hand's work; False where there was nothing to do."""
@@ -141,13 +146,13 @@ class MosaicRoom:
 
     def _attend(self, job: _Job) -> bool:
         now = time.monotonic()
-        if job.ended:
-            return self._finish(job)
         with job.lock:
             job.scan.tick()
-            doubt = job.scan.suspicion()
+            doubt = job.scan.suspicion() if not self._hurry() else None
         if doubt is not None:
             self._examine(job, doubt)
+        elif job.ended:
+            return self._finish(job)
         elif job.news and now >= job.due:
             self._show(job, final=False)
         elif now - job.heard > _IDLE_S:
@@ -192,7 +197,8 @@ class MosaicRoom:
         job.due = now + max(1.0 / self._settings.live_hz, _SHARE * (now - started))
 
     def _of(self, uid: str) -> _Job | None:
-        return next((job for job in self._jobs if job.scan.run.uid == uid), None)
+        # A copy: the hand takes out the runs that it has finished.
+        return next((job for job in list(self._jobs) if job.scan.run.uid == uid), None)
 
 
 _OVER = object()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ def first_probe(settings: MosaicSettings, own: Path | None, shape: tuple[int, in
     """
     if settings.probe == "frames":
         return None
-    file = settings.probe if settings.probe is not None else own
+    file = settings.probe if settings.probe is not None else _holder(own)
     if file is None:
         raise ConfigError(
             'mosaic.probe: a mosaic begins with an illumination; name a file that holds it (.npy, CXI, an earlier mosaic.nxs), or "frames"'
@@ -79,6 +80,12 @@ def first_probe(settings: MosaicSettings, own: Path | None, shape: tuple[int, in
     return probe
 
 
+def _holder(recorded: Path | None) -> Path | None:
+    """The file of a recorded run, if it is of a kind that may hold a probe beside its frames."""
+    name = os.fspath(recorded).partition("::")[0] if recorded is not None else ""
+    return Path(name) if Path(name).is_file() and not name.endswith(".npy") else None
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What an image is made of. chi2 : with which the mosaic foretold the newest frames, or of all kept ones. passes : beyond the first of
@@ -89,6 +96,13 @@ class Snapshot:
     chi2: float
     passes: int
     warnings: tuple[str, ...]
+
+
+def check_trust(settings: MosaicSettings, prior: Prior) -> None:
+    """Raise ConfigError where trust is given to a class that the prior does not have."""
+    unknown = settings.trust.keys() - set(prior.class_names)
+    if unknown:
+        raise ConfigError(f"mosaic.trust: {', '.join(sorted(unknown))} is no class of this prior; it has {', '.join(prior.class_names)}")
 
 
 class Scan:
@@ -148,8 +162,12 @@ class Scan:
             waiting = self._waiting.pop(index, None)
             if waiting is not None:
                 ready.append((waiting[1], position))
-            elif len(self._early) < self._settings.wait_frames:
+            elif self._settings.wait_frames:
+                self._early.pop(index, None)
                 self._early[index] = position
+        # The oldest go: they are most likely repetitions of what is in already.
+        for index in list(self._early)[: max(0, len(self._early) - self._settings.wait_frames)]:
+            del self._early[index]
         self._put(ready)
 
     def tick(self) -> None:
@@ -245,27 +263,36 @@ class Scan:
 
     def _put(self, ready: Sequence[tuple[Result, tuple[float, float]]]) -> None:
         """Frames with positions into the mosaic, those that are fit for it."""
-        shots = []
+        shots: list[Shot] = []
         for result, position in ready:
-            stage = position[0] / self.pixel[1], position[1] / self.pixel[0]
-            if "yx" in self._settings.axes.replace("-", ""):
-                stage = position[0] / self.pixel[0], position[1] / self.pixel[1]
-            row, column = oriented(np.array([stage]), self._settings.axes)[0]
+            stage, corner = self._located(position)
             place = self._fitness(result)
-            if place is Place.IN and self._mosaic is not None and not self._mosaic.fits((row, column)):
-                place = Place.OUTSIDE
+            if place is Place.IN and self._mosaic is not None and not self._mosaic.holds(corner):
+                # Before the canvas grows, so that what fits does not depend on how frames were handed over.
+                self._add(shots)
+                shots = []
+                place = Place.IN if self._mosaic.fits(corner) else Place.OUTSIDE
             if place is not Place.IN:
-                self._leave_out(result.index, (row, column), place)
+                self._leave_out(result.index, corner, place)
                 continue
-            shot = Shot(result.index, (float(row - self._half[0]), float(column - self._half[1])), *self._target(result))
-            if self._mosaic is None or self._began_with is not None:
+            shot = Shot(result.index, corner, *self._target(result))
+            if self._mosaic is not None:
+                shots.append(shot)
+            if self._mosaic is None or (self._began_with is not None and len(self._first) < TRIAL_FRAMES):
                 self._first.append(shot)
                 self._stage.append(stage)
-            shots.append(shot)
+            # At once, so that the probe's scale does not depend on it either.
+            if self._mosaic is None and len(self._first) == FIRST_FRAMES:
+                self._begin()
         if self._mosaic is not None:
             self._add(shots)
-        elif len(self._first) >= FIRST_FRAMES:
-            self._begin()
+
+    def _located(self, position: tuple[float, float]) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(x, y) of the stage in object pixels, and (row, column) of the window's corner."""
+        along_x, along_y = self.pixel if "yx" in self._settings.axes.replace("-", "") else self.pixel[::-1]
+        stage = position[0] / along_x, position[1] / along_y
+        row, column = oriented(np.array([stage]), self._settings.axes)[0] - self._half
+        return stage, (float(row), float(column))
 
     def _fitness(self, result: Result) -> Place:
         """Whether a frame can take part: by its photons, its pixels and its classes."""
@@ -314,8 +341,21 @@ class Scan:
             settings.keep_mb * 2**20,
             settings.canvas_mb * 2**20,
         )
-        fit = [shot for shot in self._first if self._mosaic.fits(shot.position)]
-        self._add(fit)
+        self._gather_first(self._mosaic)
+
+    def _gather_first(self, mosaic: Mosaic) -> None:
+        """The first frames into the mosaic, but those too far from most of them: whatever was first would keep all others out."""
+        corners = np.array([shot.position for shot in self._first])
+        near: list[int] = []
+        for i in np.argsort(np.abs(corners - np.median(corners, 0)).max(1), kind="stable").tolist():
+            if mosaic.fits(*(self._first[k].position for k in [*near, i])):
+                near.append(i)
+        for i, shot in enumerate(self._first):
+            if i not in near:
+                self._leave_out(shot.index, shot.position, Place.OUTSIDE)
+        self._stage = [self._stage[i] for i in sorted(near)]
+        self._first = [self._first[i] for i in sorted(near)]
+        self._add(self._first)
 
     def _add(self, shots: Sequence[Shot]) -> None:
         assert self._mosaic is not None
@@ -338,8 +378,8 @@ class Scan:
         self._row((shot.index, place, Place.IN, passed.before, passed.after, passed.overlap))
         self._newest.append(passed.before)
 
-    def _leave_out(self, index: int, position: tuple[float, float] | None, place: Place) -> None:
-        where = np.array(position) * self.pixel if position is not None else np.full(2, np.nan)
+    def _leave_out(self, index: int, corner: tuple[float, float] | None, place: Place) -> None:
+        where = (np.array(corner) + self._half) * self.pixel if corner is not None else np.full(2, np.nan)
         self._row((index, where, place, np.nan, np.nan, np.nan))
         self._out[place] += 1
         self.warn(place.name, _LEFT_OUT[place].format(n=self._out[place], seen=self._rows, settings=self._settings))
