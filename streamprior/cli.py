@@ -466,6 +466,11 @@ def bench(
     if as_json:
         print(json.dumps({"machine": machine()}), flush=True)  # noqa: T201 - exact lines, without a console's wrapping
     with faults():
+        from streamprior.config import LogSettings
+        from streamprior.daemon import configure_logging
+
+        # What stages have to say goes to standard error, beside the lines.
+        configure_logging(LogSettings(level="error"))
         for name in chosen:
             rows = []
             for row in known[name](repeats=repeats):

@@ -90,10 +90,13 @@ def _mosaic(config: Config) -> str:
     probe = first_probe(settings, own, prior.geometry.shape)
     check_trust(settings, prior)
     rows, columns = prior.geometry.shape
-    begins = f"{len(probe)} modes from {settings.probe or own}" if probe is not None else f"modelled, {settings.spot_px:g} px wide"
-    moves = f"refined with {settings.modes or (1 if probe is None else len(probe))} modes" if settings.refine else "held"
+    begins = f"from {settings.probe or own}" if probe is not None else f"modelled, {settings.spot_px:g} px wide"
+    moves = "refined" if settings.refine else "held"
     pixel = f"{settings.pixel_nm:g} nm" if settings.pixel_nm is not None else "as the start message says, or positions in pixels"
-    return f"probe of {rows} x {columns}, {begins}, {moves}; positions on {settings.axes}; object pixel {pixel}"
+    modes = settings.modes or (1 if probe is None else len(probe))
+    ffts = 2 * modes * settings.iterations * (2 if settings.halves else 1)
+    cost = f"{ffts} FFTs a frame" + (", as many again while the probe is refined" if settings.refine else "")
+    return f"{modes} modes of {rows} x {columns}, {begins}, {moves}; {cost}; positions on {settings.axes}; object pixel {pixel}"
 
 
 def _source(config: Config) -> str:

@@ -58,11 +58,11 @@ def run(repeats: int = 1) -> Iterator[Row]:
         if not file.exists():
             raise ConfigError(f"{file}: no such file; set STREAMPRIOR_DATA to the folder that holds it")
     yield from _star(star)
-    yield from _rules(star)
     with TemporaryDirectory() as place:
         twin = build(load_scenario("gold_balls", {"sample.data": str(balls)}))
         recording = _recorded(twin, Path(place))
         yield from _balls(twin, recording)
+        yield from _rules("gold balls", recording, _prior(recording), _scan_of(twin).probe, _scan_of(twin))
         yield from _faults(twin, recording)
 
 
@@ -79,6 +79,7 @@ def _star(file: Path) -> Iterator[Row]:
             images[frames] = image
             if frames == ":":
                 yield {"part": "star", "arm": "streamed", **_live(image), "seconds": time.perf_counter() - begun}
+    yield from _rules("star", open_recording(file), prior, images[":"].probe, None)
     halves = _halves(images["0::2"], images["1::2"])
     passes = round(1 + images[":"].passes / len(images[":"].frames.index))
     yield {
@@ -90,62 +91,47 @@ def _star(file: Path) -> Iterator[Row]:
         "halves_resolution_px": halves.resolution_px,
     }
     counts, corners = _frames(open_recording(file))
-    first = with_modes(scaled(probe, float(np.median(counts.sum((1, 2))))), 1)
-    yield from _offline_arms("star", counts, corners, first, passes, probe_from=3)
+    photons = float(np.median(counts.sum((1, 2))))
+    for name, modes in (("scipy ePIE", 1), ("scipy ePIE", 2), ("Pty-Chi ePIE", 2), ("Pty-Chi LSQML", 2), ("Pty-Chi AD", 2)):
+        yield _offline_arm(name, counts, corners, with_modes(scaled(probe, photons), modes), passes)
 
 
-def _offline_arms(part: str, counts: Array, corners: Array, probe: Array, passes: int, probe_from: int | None) -> Iterator[Row]:
-    """Plain ePIE and Pty-Chi: all frames, and each half by itself."""
+def _offline_arm(name: str, counts: Array, corners: Array, probe: Array, passes: int) -> Row:
+    """Another program on the same frames with the probe refined from the fourth pass on: all frames, and each half by itself."""
+    arm = {"part": "star", "arm": f"{name}, {len(probe)} mode{'s' if len(probe) > 1 else ''}, offline", "passes": passes}
     even = np.arange(len(counts)) % 2 == 0
-    for name in ("scipy ePIE", *(f"Pty-Chi {algorithm}" for algorithm in ("ePIE", "LSQML", "AD"))):
-        try:
-            whole = _solve(name, counts, corners, probe, passes, probe_from)
-            a, b = (_solve(name, counts[half], corners[half], probe, passes, probe_from) for half in (even, ~even))
-        except (ModuleNotFoundError, RuntimeError) as error:
-            yield {"part": part, "arm": name, "note": f"not run: {error}"}
-            continue
-        first, second, light = _common(a, b, _light(corners[even], a), _light(corners[~even], b))
-        found = agreement(first, second, light)
-        yield {
-            "part": part,
-            "arm": f"{name}, offline",
-            "passes": passes,
-            "chi2": _chi2(counts, corners, whole),
-            "halves_disagreement": found.disagreement,
-            "halves_resolution_px": found.resolution_px,
-            "seconds": whole.seconds,
-        }
+    try:
+        whole = _solve(name, counts, corners, probe, passes, 3)
+        a, b = (_solve(name, counts[half], corners[half], probe, passes, 3) for half in (even, ~even))
+    except (ModuleNotFoundError, RuntimeError) as error:
+        return arm | {"note": f"not run: {error}"}
+    found = agreement(*_common(a, b, _light(corners[even], a), _light(corners[~even], b)))
+    return arm | {
+        "chi2": _chi2(counts, corners, whole),
+        "halves_disagreement": found.disagreement,
+        "halves_resolution_px": found.resolution_px,
+        "seconds": whole.seconds,
+    }
 
 
-def _rules(file: Path) -> Iterator[Row]:
-    """What weight and memory do to the halves after one pass, with the refined probe of a first run held: the default is chosen here."""
-    recording = open_recording(file)
-    prior = _prior(open_recording(file, "0::4"))
-    *_, solved = stream_mosaic(recording, prior, STAR, load_probe(file, prior.geometry.shape))
-    for weight, memory in RULES:
-        for iterations in (1, 3) if (weight, memory) == (STAR.weight, STAR.memory) else (1,):
-            settings = MosaicSettings(weight=max(weight, 0.001), memory=memory, iterations=iterations, settle=False, finish=0)
-            *_, image = stream_mosaic(recording, prior, settings, solved.probe)
-            yield {
-                "part": "rules",
-                "weight": weight,
-                "memory": memory,
-                "iterations": iterations,
-                "halves_disagreement": image.disagreement,
-                "halves_resolution_px": image.resolution,
-                "chi2": image.chi2,
-            }
-    for trust in (0.0, 0.5):
-        settings = MosaicSettings(settle=False, finish=0, trust={"background": trust})
-        *_, image = stream_mosaic(recording, prior, settings, solved.probe)
+def _rules(name: str, recording: Recording, prior: Prior, probe: Modes, scan: TwinScan | None) -> Iterator[Row]:
+    """What weight and memory do to the halves after one pass with a probe that is held: the defaults are chosen here."""
+    plain = MosaicSettings(settle=False, finish=0)
+    cases: list[dict[str, Any]] = [{"weight": max(weight, 0.001), "memory": memory} for weight, memory in RULES]
+    cases += [{"iterations": 3}, {"trust": {"background": 0.5}}, {"trust": {"background": 0.0}}]
+    for case in cases:
+        settings = plain.model_copy(update=case)
+        *_, image = stream_mosaic(recording, prior, settings, probe)
         yield {
             "part": "rules",
+            "set": name,
             "weight": settings.weight,
             "memory": settings.memory,
-            "iterations": 1,
-            "background_trust": trust,
+            "iterations": settings.iterations,
+            "background_trust": settings.trust.get("background", 1.0),
             "halves_disagreement": image.disagreement,
-            "halves_resolution_px": image.resolution,
+            "halves_resolution_px": image.resolution / float(np.mean(image.pixel)),
+            "error": _error(image, scan)[0] if scan is not None else None,
             "chi2": image.chi2,
         }
 

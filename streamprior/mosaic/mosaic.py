@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -155,9 +155,10 @@ class Mosaic:
             Passed(shot.index, before / photons, after / photons, seen)
             for shot, (before, after, seen), photons in zip(block, misfit.tolist(), power.tolist(), strict=True)
         ]
+        self._guard.hear(one.before for one in found if one.overlap > _KNOWN)
         if self._gain and self.frames % BLOCK == 0:
             self._move_probe(self._gain)
-            self._guard.watch(self.places, [one.before for one in found if one.overlap > _KNOWN])
+            self._guard.judge(self.places)
         return found
 
     def sweep(self, rule: Rule = SWEEP, seed: int = 0) -> Iterator[float]:
@@ -192,6 +193,7 @@ class Mosaic:
             yield min(1.0, (first + BLOCK) / len(shots))
         for canvas, total in zip(self._canvases, totals, strict=True):
             self._overlaps[0].project(canvas, total)
+        self.passes += len(shots)
         if self._gain and shots:
             self._move_probe(1.0)
 
@@ -337,8 +339,10 @@ class _Guard:
         self._newest: deque[float] = deque(maxlen=_GUARDED)
         self._best: tuple[float, Modes] | None = None
 
-    def watch(self, places: ProbePlaces, foretold: Sequence[float]) -> None:
+    def hear(self, foretold: Iterable[float]) -> None:
         self._newest.extend(foretold)
+
+    def judge(self, places: ProbePlaces) -> None:
         if len(self._newest) < _GUARDED:
             return
         mean = float(np.mean(self._newest))
