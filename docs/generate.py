@@ -13,6 +13,7 @@ from typing import Any
 
 import typer.models
 from markdown_table import table
+from mosaic_page import mosaic_page
 from prior_page import prior_page
 
 from streamprior import cli, config
@@ -21,7 +22,7 @@ from streamprior.metrics import DROP_REASONS, Meters
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-"""Files that `streamprior bench --json` printed; those of `bench prior` end in -prior.jsonl."""
+"""Files that `streamprior bench --json` printed; those of `bench prior` end in -prior.jsonl, of `bench scans` in -scans.jsonl."""
 
 MADE = "<!-- Made from the code by `python docs/generate.py`; edits here are overwritten. -->\n\n"
 
@@ -35,6 +36,8 @@ def pages() -> dict[str, str]:
         "docs/benchmarks.md": benchmarks_page(),
         "docs/prior.md": MADE.replace("the code", "measurements")
         + prior_page(ROOT / "docs" / "prior.md.in", max(RESULTS.glob("*-prior.jsonl"))),
+        "docs/mosaic.md": MADE.replace("the code", "measurements")
+        + mosaic_page(ROOT / "docs" / "mosaic.md.in", max(RESULTS.glob("*-scans.jsonl"))),
         "deploy/streamprior.yaml": config.example_yaml(),
     }
 
@@ -79,7 +82,8 @@ def example_meters() -> Meters:
 
 def benchmarks_page() -> str:
     """The newest timed measurement."""
-    newest = max(set(RESULTS.glob("*.jsonl")) - set(RESULTS.glob("*-prior.jsonl")))
+    studies = {file for study in ("prior", "scans") for file in RESULTS.glob(f"*-{study}.jsonl")}
+    newest = max(set(RESULTS.glob("*.jsonl")) - studies)
     lines = [json.loads(line) for line in newest.read_text().splitlines()]
     machine = next(line["machine"] for line in lines if "machine" in line)
     text = [
@@ -88,7 +92,9 @@ def benchmarks_page() -> str:
         f"{machine['load_1min']:.1f} at the start. Ratios are taken within the run; absolute times hold for this machine.\n",
         "*classify*: one core, nanoseconds a pixel, counts to class ids and mean distance; the floor is a plain copy of the same bytes;"
         " naive is scipy.ndimage with scikit-learn. *refine*: 50 iterations of error reduction, one core; the floor is the 100 planned"
-        " transforms alone. *path*: socket to archive, the sender sharing the cores; beside it the stages alone on as many threads.\n",
+        " transforms alone. *mosaic*: a frame-pass is one frame put into one mosaic once, 128 x 128; the floor is its planned transforms"
+        " alone, and beside it are an ePIE in plain scipy and Pty-Chi's best rate. *path*: socket to archive, the sender sharing the cores;"
+        " beside it the stages alone on as many threads.\n",
     ]
     for name in dict.fromkeys(line["benchmark"] for line in lines if "benchmark" in line):
         rows = [{key: value for key, value in line.items() if key != "benchmark"} for line in lines if line.get("benchmark") == name]

@@ -1,15 +1,17 @@
-"""Measured scans and the digital twin -> the pictures of docs/gallery.md and docs/prior.md.
+"""Measured scans and the digital twin -> the pictures of docs/gallery.md, docs/prior.md and docs/mosaic.md.
 
-Run from the repository: python docs/make_pictures.py [FOLDER]. Measured data are read from $STREAMPRIOR_DATA or ../shared/data; a picture
-whose data are absent is left out. Priors are grown on even frames, and every measured frame that is shown is an odd one. Growing three
-priors takes some minutes.
+Run from the repository: python docs/make_pictures.py [FOLDER] [--only GROUP]. Groups are frames, prior and mosaic. Measured data are read
+from $STREAMPRIOR_DATA or ../shared/data; a picture whose data are absent is left out. Priors are grown on even frames, and every measured
+frame that is shown by itself is an odd one. Growing three priors takes some minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ import matplotlib
 matplotlib.use("Agg")  # there may be no display, and pyplot would look for one
 
 import numpy as np
+import pictures_mosaic
+import pictures_prior
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from pictures_prior import pictures
 from streamprior_sim.scenario import load_scenario
 from streamprior_sim.twin import build
 
@@ -36,6 +39,8 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("STREAMPRIOR_DATA", HERE.parents[1] / "shared" / "data"))
 ROCKING = DATA / "bcdi_gold_rocking_curve.cxi"
 SIEMENS = DATA / "ptycho_siemens_star.cxi"
+BALLS = DATA / "gold_balls_cxidb65_reconstruction.h5"
+RESULTS = HERE.parent / "benchmarks" / "results"
 
 # The class colours of the live page (streamprior/page.html): Okabe and Ito, core first. A pixel that was not measured is grey.
 COLOURS = ("#f0e442", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -46,12 +51,18 @@ ENOUGH = 0.1
 """Part of the largest amplitude below which a phase means nothing and is not shown (docs/physics.md: where the amplitude exceeds 10 %)."""
 
 
-def main(folder: Path) -> None:
-    """Make every picture whose data are at hand; says what was left out."""
+def main(folder: Path, only: str | None = None) -> None:
+    """Make the pictures of one group, or of all, whose data are at hand; says what was left out."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update(STYLE)
-    # A prior is grown once, though three pictures ask for the rocking curve's.
-    priors = {file: grow_prior(open_recording(file, "0::2")) for file in (ROCKING, SIEMENS) if file.exists()}
+    groups = {"frames": frame_pictures, "prior": prior_pictures, "mosaic": mosaic_pictures}
+    for make in [groups[only]] if only is not None else groups.values():
+        for name, figure in make():
+            _save(figure, folder / f"{name}.png")
+
+
+def frame_pictures() -> Iterator[tuple[str, Figure]]:
+    """Frames and what the stages make of them."""
     # Rocking curve: the peak and its flanks. Siemens star: places spread over the scan.
     measured: dict[str, tuple[Path, Callable[[Recording, Prior], Figure]]] = {
         "class-maps": (ROCKING, lambda scan, prior: class_maps(scan, prior, around_peak(scan, prior))),
@@ -59,16 +70,35 @@ def main(folder: Path) -> None:
         "reconstruction": (ROCKING, reconstruction),
     }
     for name, (file, draw) in measured.items():
-        if file.exists():
-            _save(draw(open_recording(file, "1::2"), priors[file]), folder / f"{name}.png")
-        else:
-            sys.stderr.write(f"{name}: left out, no {file}\n")
+        if _there(file):
+            yield name, draw(open_recording(file, "1::2"), _grown(file))
+    priors = {file.name: _grown(file) for file in (ROCKING, SIEMENS) if file.exists()}
     if priors:
-        _save(elbow({file.name: prior for file, prior in priors.items()}), folder / "elbow.png")
-    _save(twin_frames({"bragg": 200, "gold_balls": 800}), folder / "twin.png")
-    rocking = (open_recording(ROCKING, "1::2"), priors[ROCKING]) if ROCKING in priors else None
-    for name, figure in pictures(rocking, max((HERE.parent / "benchmarks" / "results").glob("*-prior.jsonl"))):
-        _save(figure, folder / f"{name}.png")
+        yield "elbow", elbow(priors)
+    yield "twin", twin_frames({"bragg": 200, "gold_balls": 800})
+
+
+def prior_pictures() -> Iterator[tuple[str, Figure]]:
+    rocking = (open_recording(ROCKING, "1::2"), _grown(ROCKING)) if _there(ROCKING) else None
+    yield from pictures_prior.pictures(rocking, max(RESULTS.glob("*-prior.jsonl")))
+
+
+def mosaic_pictures() -> Iterator[tuple[str, Figure]]:
+    for file in (SIEMENS, BALLS):
+        _there(file)
+    yield from pictures_mosaic.pictures(SIEMENS, BALLS, max(RESULTS.glob("*-scans.jsonl")))
+
+
+def _there(file: Path) -> bool:
+    if not file.exists():
+        sys.stderr.write(f"no {file}: pictures of it are left out\n")
+    return file.exists()
+
+
+@cache
+def _grown(file: Path) -> Prior:
+    """A prior is grown once, though several pictures ask for it."""
+    return grow_prior(open_recording(file, "0::2"))
 
 
 def around_peak(scan: Recording, prior: Prior) -> list[int]:
@@ -237,4 +267,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "pictures")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "pictures")
+    parser.add_argument("--only", choices=("frames", "prior", "mosaic"))
+    main(**vars(parser.parse_args()))

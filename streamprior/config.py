@@ -143,8 +143,8 @@ class MosaicSettings(_Room):
     """Object pixel. Empty: wavelength x distance / (pixels x detector pixel) of the start message; where that does not say, positions are
     taken as object pixels."""
     iterations: Annotated[int, Field(gt=0, le=100)] = 1
-    """Projections of each frame before it goes into the mosaic. Three took the halves of the measured Siemens star from 0.32 to 0.30 at three
-    times the cost; a further pass over the frames gains more (docs/decisions/0014)."""
+    """Projections of each frame before it goes into the mosaic. Three took the halves of the measured Siemens star from 0.32 to 0.30 at
+    three times the cost; a further pass over the frames gains more (docs/decisions/0014)."""
     weight: Annotated[float, Field(ge=0.001, le=10)] = 0.05
     """Proximal weight that ties a frame's patch to the mosaic, in units of the probe's brightest pixel."""
     memory: Annotated[float, Field(ge=0, le=1)] = 0.3
@@ -170,7 +170,7 @@ class MosaicSettings(_Room):
     wait_s: Annotated[float, Field(ge=0)] = 10.0
     """How long a frame waits for its position; then it is left out of the mosaic."""
     wait_frames: Annotated[int, Field(ge=0)] = 1024
-    """Most frames that wait for positions; the oldest is left out first."""
+    """Most frames that wait for positions, and no more than go into `keep_mb`; the oldest is left out first."""
     keep_mb: Annotated[int, Field(gt=0)] = 512
     """MiB of frames that settling, polishing and finishing can return to: 8,192 of 128 x 128. Older ones stay in the mosaic as they are."""
     canvas_mb: Annotated[int, Field(gt=0)] = 512

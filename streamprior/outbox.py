@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 
 import structlog
@@ -22,7 +23,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
 
 
 class _ImageWaits:
-    """Stands in the queue for the newest image, which may be larger than everything else in it."""
+    """Stands in the queue for the newest images, which may be larger than everything else in it."""
 
     nbytes = 100
 
@@ -31,7 +32,7 @@ class Outbox:
     """One sink's room.
 
     A complete sink gets everything, in order and again until it takes it; its full mailbox slows the path. Any other sink gets the
-    newest: its mailbox drops the oldest results, and what it could not take is forgotten. Of the images of a mosaic every sink gets the
+    newest: its mailbox drops the oldest results, and what it could not take is forgotten. Of the images of a run every sink gets the
     newest alone.
 
     feeds : outboxes that this sink puts items into; they stay open until it has left. every : the sink is given every result although it
@@ -51,7 +52,7 @@ class Outbox:
             "block" if sink.complete or every else "drop_oldest",
             droppable=lambda item: isinstance(item, Result),
         )
-        self._image: MosaicImage | None = None
+        self._images: dict[str, MosaicImage] = {}  # the newest of each run
         self._changing = threading.Lock()
         self._ledger = ledger
         self._meters = meters
@@ -64,14 +65,17 @@ class Outbox:
             self.mailbox.put(item)
             return
         with self._changing:
-            waits, self._image = self._image is not None, item
+            waits = bool(self._images)
+            self._images[item.run] = item
         if not waits:
             self.mailbox.put(_ImageWaits())
 
     def leave(self) -> None:
         """One who puts items in has no more; with the last one the room closes."""
-        self._writers -= 1
-        if not self._writers:
+        with self._changing:
+            self._writers -= 1
+            last = not self._writers
+        if last:
             self.mailbox.close()
 
     def step(self) -> bool:
@@ -123,9 +127,9 @@ class Outbox:
             self._attempt(lambda: self.sink.note(item))
         elif isinstance(item, _ImageWaits):
             with self._changing:
-                image, self._image = self._image, None
-            if image is not None:
-                self._attempt(lambda: self.sink.note(image))
+                images, self._images = list(self._images.values()), {}
+            for image in images:
+                self._attempt(partial(self.sink.note, image))
 
     def _attempt(self, call: Callable[[], None]) -> bool:
         """Call the sink; a complete one again and again with growing pauses while it is unavailable. False when it was given up.

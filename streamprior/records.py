@@ -14,6 +14,10 @@ NOT_MEASURED = 255
 """Class id of a pixel that was not measured (dead, hot, gap, beam stop, saturated); priors hold at most 255 classes."""
 
 
+_EV_M = 1.239841984e-6
+"""h c / e, electronvolt metres (CODATA 2018)."""
+
+
 class Flag(enum.IntFlag):
     """What is unusual about a frame; stored with every result, never a reason to stop a run."""
 
@@ -41,6 +45,14 @@ class Detector:
     distance_m: float | None = None
     energy_ev: float | None = None
     frame_time_s: float | None = None
+
+    @property
+    def reach_m(self) -> float | None:
+        """wavelength x distance / pixel: how far a far-field pattern's finest fringes reach on the sample; over the number of detector pixels
+        along an axis it is the object pixel. None where not all of it is known."""
+        if not (self.energy_ev and self.distance_m and self.pixel_m):
+            return None
+        return _EV_M / self.energy_ev * self.distance_m / self.pixel_m
 
 
 @dataclass(frozen=True, slots=True)

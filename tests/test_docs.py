@@ -61,6 +61,7 @@ def test_every_setting_metric_and_command_has_its_line() -> None:
 
 def test_the_benchmarks_page_is_made_from_timed_results_and_not_from_a_later_study() -> None:
     assert "-prior.jsonl" not in PAGES["docs/benchmarks.md"]
+    assert "-scans.jsonl" not in PAGES["docs/benchmarks.md"]
     assert "## refine" in PAGES["docs/benchmarks.md"]
 
 
@@ -83,6 +84,61 @@ def test_the_page_on_the_prior_names_a_missed_target_by_its_number(tmp_path: Pat
     before, after = (next(line for line in page.splitlines() if target in line) for page in (kept, missed))
     assert int(re.findall(r"(\d+) of 6", after)[0]) == 2 + int((re.findall(r"(\d+) of 6", before) or ["0"])[0])
     assert re.search(r"\| 1e5 \| 3 \| 0% \|.* \*\*\d+\.\d\d\*\* \|", missed)
+
+
+def mosaic_row(target: str, folder: Path, part: str, where: dict[str, Any], **changed: Any) -> str:
+    """The line on a target of the page on the mosaic, made from the newest results with some numbers of some rows changed."""
+    lines = [json.loads(line) for line in max(GENERATOR["RESULTS"].glob("*-scans.jsonl")).read_text().splitlines()]
+    for line in lines:
+        if line.get("part") == part and all(line.get(key) == value for key, value in where.items()):
+            line.update(changed)
+    file = folder / "doctored-scans.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page: str = GENERATOR["mosaic_page"](ROOT / "docs" / "mosaic.md.in", file)
+    return next(line for line in page.splitlines() if line.startswith("|") and target in line)
+
+
+STREAMED = {"arm": "streamed, then passes after the run"}
+
+
+@pytest.mark.parametrize(
+    ("target", "part", "where", "good", "bad"),
+    [
+        ("odd and even frames agree", "star", STREAMED, {"halves_disagreement": 0.26}, {"halves_disagreement": 0.27}),
+        ("chi2 over all frames", "star", STREAMED, {"chi2": 0.0169}, {"chi2": 0.0171}),
+        ("best of Pty-Chi", "star", STREAMED, {"halves_resolution_px": 0.01}, {"halves_resolution_px": 99.0}),
+        ("the best offline one", "gold balls", {"arm": "streamed", "final": True}, {"error": 1e-6}, {"error": 9.0}),
+        ("first region", "gold balls", {"arm": "streamed", "final": False}, {"error_of_the_first_region": 0.1}, {}),
+        ("are said", "faults", {"fault": "axes swapped"}, {"said": "check the signs"}, {"said": "nothing"}),
+        ("10 % without position", "faults", {"fault": "10 % without position"}, {"error": 1e-6}, {"error": 9.0}),
+    ],
+)
+def test_the_page_on_the_mosaic_says_which_targets_are_met(
+    target: str, part: str, where: dict[str, Any], good: dict[str, Any], bad: dict[str, Any], tmp_path: Path
+) -> None:
+    assert mosaic_row(target, tmp_path, part, where, **good).endswith(" met |")
+    if bad:
+        assert mosaic_row(target, tmp_path, part, where, **bad).endswith(" **missed** |")
+
+
+def test_an_error_that_rises_at_the_end_of_the_scan_is_a_missed_target(tmp_path: Path) -> None:
+    last = max(json.loads(line).get("frames", 0) for line in max(GENERATOR["RESULTS"].glob("*-scans.jsonl")).read_text().splitlines())
+    where = {"arm": "streamed", "final": False, "frames": last}
+    assert mosaic_row("first region", tmp_path, "gold balls", where, error_of_the_first_region=9.0).endswith(" **missed** |")
+
+
+def test_a_comparator_that_was_not_installed_is_named_and_no_target_is_called_met(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in max(GENERATOR["RESULTS"].glob("*-scans.jsonl")).read_text().splitlines()]
+    for line in lines:
+        if line.get("part") == "star" and line["arm"].startswith("Pty-Chi"):
+            for key in ("chi2", "halves_disagreement", "halves_resolution_px", "seconds"):
+                line.pop(key, None)
+            line["note"] = "not run: No module named 'ptychi'"
+    file = tmp_path / "doctored-scans.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page = GENERATOR["mosaic_page"](ROOT / "docs" / "mosaic.md.in", file)
+    assert next(line for line in page.splitlines() if "best of Pty-Chi" in line).endswith(" not measured |")
+    assert "not run: No module named 'ptychi'" in page
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
@@ -108,7 +164,9 @@ def test_settings_metrics_and_tests_named_in_a_document_exist(document: Path) ->
     settings = {key for key, *_ in describe()}
     sections = {key.partition(".")[0] for key in settings if "." in key}
     for key in re.findall(r"`([a-z]+\.[a-z_]+)(?:: [^`]*)?`", text):
-        assert key.partition(".")[0] not in sections or key.endswith(".py") or key in settings, f"{named(document)}: no setting {key}"
+        assert key.partition(".")[0] not in sections or key.endswith((".py", ".nxs")) or key in settings, (
+            f"{named(document)}: no setting {key}"
+        )
     metrics = set(re.findall(r"streamprior_\w+", PAGES["docs/reference/metrics.md"])) | {"streamprior_sim", "streamprior_bench"}
     unknown = {one for one in re.findall(r"\bstreamprior_[a-z_0-9]+", text) if re.sub(r"_(bucket|sum|count)$", "", one) not in metrics}
     assert not unknown, f"{named(document)}: no metric {', '.join(sorted(unknown))}"

@@ -149,8 +149,9 @@ def constrain(field, target, trust, factor):  # type: ignore[no-untyped-def]
 def update_window(image, light, row, column, probe, intensity, field, patch, rule):  # type: ignore[no-untyped-def]
     """patch[0] = argmin over o of sum_m |probe_m o - field_m|^2 + (weight + memory light) |o - image|^2, pixel by pixel.
 
-    The proximal step: the frame moves the mosaic the less, the more light the mosaic has had there. With memory 0 it is rPIE (Maiden,
-    Johnson & Li, Optica 4, 736, 2017), whose alpha is weight / (1 + weight); with memory 1 and weight 0 the running weighted mean.
+    The proximal step: the frame moves the mosaic the less, the more light the mosaic has had there. With memory 0, (1 + weight) times this
+    step is rPIE (Maiden, Johnson & Li, Optica 4, 736, 2017) with alpha = weight / (1 + weight); with memory 1 and weight 0 it is the
+    running weighted mean.
     """
     weight, memory = F32(rule[1]), F32(rule[2])
     columns = intensity.shape[1]

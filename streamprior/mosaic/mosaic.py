@@ -25,8 +25,8 @@ BLOCK = 8
 _GUARDED, _WORSE, _KNOWN = 64, 2.0, 0.5
 """Frames over which the guard of the probe judges, how much worse they must be foretold, and their least overlap."""
 
-_ROUND = 64
-"""Canvas sides are multiples of this, so that a canvas grows seldom."""
+_MARGIN = 64
+"""Object pixels by which a canvas that has to grow grows at least, so that it seldom has to."""
 
 _PIXEL_BYTES = 12
 """Of one pixel of one canvas: image and light."""
@@ -70,13 +70,14 @@ class Picture:
     """The mosaic at one moment, cropped to where light was; (rows, columns).
 
     image : complex64, relative to an empty beam. odd, even : complex64, from half of the frames each; None without halves. light : float32,
-    photons per pixel that fell on it. origin : (row, column) of its first pixel, object pixels. probe : (M, H, W).
+    photons per pixel that fell on it. both : float32, the lesser of what fell on the halves. origin : (row, column) of its first pixel, object pixels. probe : (M, H, W).
     """
 
     image: npt.NDArray[np.complex64]
     light: npt.NDArray[np.float32]
     odd: npt.NDArray[np.complex64] | None
     even: npt.NDArray[np.complex64] | None
+    both: npt.NDArray[np.float32] | None
     origin: tuple[int, int]
     probe: Modes
 
@@ -217,7 +218,9 @@ class Mosaic:
         cut = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
         even, odd = (np.ascontiguousarray(half[cut]) for half, _ in halves) if halves else (None, None)
         origin = (self._extent[0] + int(rows[0]), self._extent[1] + int(columns[0]))
-        return Picture(np.ascontiguousarray(image[cut]), np.ascontiguousarray(light[cut]), odd, even, origin, self.places.modes.copy())
+        both = np.minimum(halves[0][1][cut], halves[1][1][cut]) if halves else None
+        cropped = np.ascontiguousarray(image[cut]), np.ascontiguousarray(light[cut])
+        return Picture(*cropped, odd, even, both, origin, self.places.modes.copy())
 
     def _again(self, canvases: Sequence[Canvas], block: Sequence[Shot], rule: Rule) -> None:
         self._pass(canvases, block, rule)
@@ -317,7 +320,7 @@ class Mosaic:
         """Wider by half on the sides that moved: a scan that went there once goes there again."""
         top, left, bottom, right = wanted
         had = self._extent or wanted
-        more = max(_ROUND, (bottom - top) // 2), max(_ROUND, (right - left) // 2)
+        more = max(_MARGIN, (bottom - top) // 2), max(_MARGIN, (right - left) // 2)
         first = self._extent is None
         return (
             top - more[0] if first or top < had[0] else top,

@@ -80,6 +80,9 @@ class MosaicRoom:
             self._hand.start()
 
     def begin(self, run: RunStarted) -> None:
+        # Runs shorter than their own passes would otherwise gather, each with its frames.
+        for job in [job for job in list(self._jobs) if job.ended][:-1]:
+            job.finishing = iter(())
         self._jobs.append(_Job(Scan(run, self._prior, self._settings, self._probe, self._overlap), heard=time.monotonic()))
 
     def write(self, results: Sequence[Result]) -> None:
@@ -115,7 +118,9 @@ class MosaicRoom:
         """Wait until the hand has finished every run; with `hurry` that is at once."""
         for job in list(self._jobs):
             if not job.ended:
-                job.finishing, job.ended = iter(()), True
+                with job.lock:
+                    job.scan.close()
+                    job.finishing, job.ended = iter(()), True
         self._closing.set()
         if self._hand is not None:
             self._hand.join()

@@ -33,14 +33,20 @@ SETTLE_AT = (16, 32, 64, 128, 256)
 _SETTLE_SWEEPS = 2
 
 _FLUX_FRAMES = 64
+_PART_OF_PRIOR = 0.05
+"""Part of the mean flux of the prior's frames that counts as usual before the run's own frames say what is."""
+
+_MOST_FLUX = 5.0
+"""A frame brighter than so many times the usual one is a readout gone wrong, or another dose than the probe's."""
+
+_STAYS_BRIGHT = 8
+"""Too bright frames in a row after which theirs is the usual flux: an attenuator has gone out."""
+
 _MEASURED = 0.5
 """Least part of a frame's pixels that must hold data."""
 
 _SCALE = 3.0
 """Factor between a probe's photons and the frames' up to which both are taken to be in photons; a larger one is a matter of units."""
-
-_EV_M = 1.239841984e-6
-"""h c / e, electronvolt metres (CODATA 2018)."""
 
 _POLISHED = 256
 """Newest frames that are passed again while no frame comes."""
@@ -53,10 +59,11 @@ _ROW = np.dtype([("index", "i8"), ("position", "f8", 2), ("place", "u1"), ("befo
 
 def object_pixel_m(detector: Detector, prior: Prior) -> tuple[float, float] | None:
     """(y, x) edges of an object pixel: wavelength x distance / (pixels x detector pixel); None where the run does not say all of it."""
-    if not (detector.energy_ev and detector.distance_m and detector.pixel_m):
+    reach = detector.reach_m
+    if reach is None:
         return None
-    reach = _EV_M / detector.energy_ev * detector.distance_m / (detector.pixel_m * prior.geometry.binning)
-    return reach / prior.geometry.shape[0], reach / prior.geometry.shape[1]
+    rows, columns = prior.geometry.shape
+    return reach / (rows * prior.geometry.binning), reach / (columns * prior.geometry.binning)
 
 
 def first_probe(settings: MosaicSettings, own: Path | None, shape: tuple[int, int]) -> Modes | None:
@@ -64,6 +71,8 @@ def first_probe(settings: MosaicSettings, own: Path | None, shape: tuple[int, in
 
     own : recorded file of a file source, which may hold a probe.
     """
+    if settings.probe == "frames" and not settings.refine:
+        raise ConfigError("mosaic.probe: a probe that is modelled from the frames is only a beginning; set mosaic.refine: true")
     if settings.probe == "frames":
         return None
     file = settings.probe if settings.probe is not None else _holder(own)
@@ -130,7 +139,11 @@ class Scan:
         self.unit, self.pixel = _pixel(settings, run.detector, prior)
         self._trust = np.array([settings.trust.get(name, 1.0) for name in prior.class_names], np.float32)
         self._fluxes: deque[float] = deque(maxlen=_FLUX_FRAMES)
+        self._bright = 0  # frames in a row that were too bright
+        # Before any frame the prior's are the measure, with room for an attenuator: a shutter that opens late would else be the usual dose.
+        self._least_usual = _PART_OF_PRIOR * prior.baselines.get("flux", (0.0, 0.0))[0]
         self._waiting: OrderedDict[int, tuple[float, Result]] = OrderedDict()
+        self._come = bytearray()  # 1 at the index of every frame that has come
         self._early: dict[int, tuple[float, float]] = {}  # positions that came before their frames
         self._first: list[Shot] = []  # until the mosaic begins, and then until the trial of the axes
         self._stage: list[tuple[float, float]] = []  # (x, y) of the same, object pixels
@@ -144,9 +157,11 @@ class Scan:
         self._warnings: dict[str, str] = {}
 
     def take(self, results: Sequence[Result]) -> None:
-        """Frames in the order of the run; those without a position wait for it."""
+        """Frames in the order of the run; those without a position wait for it. One that came before changes nothing."""
         ready = []
         for result in results:
+            if not self._fresh(result.index):
+                continue
             position = result.position or self._early.pop(result.index, None)
             if position is not None:
                 ready.append((result, position))
@@ -173,8 +188,9 @@ class Scan:
     def tick(self) -> None:
         """Frames that have waited long enough are left out."""
         while self._waiting:
-            index, (until, _) = next(iter(self._waiting.items()))
-            if until > self._clock() and len(self._waiting) <= self._settings.wait_frames:
+            index, (until, result) = next(iter(self._waiting.items()))
+            most = min(self._settings.wait_frames, self._settings.keep_mb * 2**20 // result.nbytes)
+            if until > self._clock() and len(self._waiting) <= most:
                 break
             del self._waiting[index]
             self._leave_out(index, None, Place.NO_POSITION)
@@ -231,13 +247,14 @@ class Scan:
         chi2 = self._mosaic.chi2() if whole else float(np.mean(self._newest)) if self._newest else float("nan")
         rows = self._table[: self._rows]
         frames = MosaicFrames(**{name: rows[name].copy() for name in _ROW.names or ()})
-        return Snapshot(picture, frames, chi2, self._mosaic.passes, tuple(self._warnings.values()))
+        return Snapshot(picture, frames, chi2, self._mosaic.passes, (*self._warnings.values(), *map(self._left_out_of, self._out)))
 
     def image(self, shot: Snapshot, serial: int, final: bool) -> MosaicImage:
         """A snapshot, judged."""
         picture = shot.picture
-        halves = (picture.odd, picture.even) if picture.odd is not None and picture.even is not None else None
-        found = agreement(*halves, picture.light) if halves else None
+        found = None
+        if picture.odd is not None and picture.even is not None and picture.both is not None:
+            found = agreement(picture.odd, picture.even, picture.both)
         nothing = np.empty(0, np.float32)
         return MosaicImage(
             run=self.run.uid,
@@ -261,17 +278,26 @@ class Scan:
             warnings=shot.warnings,
         )
 
+    def _fresh(self, index: int) -> bool:
+        """True the first time that a frame of this index comes."""
+        if index >= len(self._come):
+            self._come.extend(bytes(index + 1 - len(self._come)))
+        fresh = not self._come[index]
+        self._come[index] = 1
+        return fresh
+
     def _put(self, ready: Sequence[tuple[Result, tuple[float, float]]]) -> None:
         """Frames with positions into the mosaic, those that are fit for it."""
         shots: list[Shot] = []
         for result, position in ready:
             stage, corner = self._located(position)
             place = self._fitness(result)
-            if place is Place.IN and self._mosaic is not None and not self._mosaic.holds(corner):
-                # Before the canvas grows, so that what fits does not depend on how frames were handed over.
+            if self._mosaic is not None and (place is not Place.IN or not self._mosaic.holds(corner)):
+                # Now, so that neither what fits nor the order of the table depends on how frames were handed over.
                 self._add(shots)
                 shots = []
-                place = Place.IN if self._mosaic.fits(corner) else Place.OUTSIDE
+                if place is Place.IN and not self._mosaic.fits(corner):
+                    place = Place.OUTSIDE
             if place is not Place.IN:
                 self._leave_out(result.index, corner, place)
                 continue
@@ -300,9 +326,15 @@ class Scan:
         if np.count_nonzero(measured) < _MEASURED * measured.size:
             return Place.OUTLIER
         flux = float(result.counts[measured].sum(dtype=np.float64))
-        usual = float(np.median(self._fluxes)) if self._fluxes else 0.0
+        usual = max(float(np.median(self._fluxes)) if self._fluxes else 0.0, self._least_usual * measured.size)
         if result.flags & Flag.EMPTY or flux <= self._settings.least_flux * usual or flux <= 0:
             return Place.NO_BEAM
+        if len(self._fluxes) >= FIRST_FRAMES and flux > _MOST_FLUX * usual:
+            self._bright += 1
+            if self._bright < _STAYS_BRIGHT:
+                return Place.OUTLIER
+            self._fluxes.clear()
+        self._bright = 0
         overlaps = [value for value in result.iou.values() if np.isfinite(value)]
         if overlaps and float(np.mean(overlaps)) < self._settings.least_iou:
             return Place.OUTLIER
@@ -382,7 +414,11 @@ class Scan:
         where = (np.array(corner) + self._half) * self.pixel if corner is not None else np.full(2, np.nan)
         self._row((index, where, place, np.nan, np.nan, np.nan))
         self._out[place] += 1
-        self.warn(place.name, _LEFT_OUT[place].format(n=self._out[place], seen=self._rows, settings=self._settings))
+        if self._out[place] == 1:
+            log.warning("mosaic", run=self.run.uid, warning=self._left_out_of(place))
+
+    def _left_out_of(self, place: Place) -> str:
+        return _LEFT_OUT[place].format(n=self._out[place], seen=self._rows, settings=self._settings)
 
     def _row(self, row: tuple[Any, ...]) -> None:
         if self._rows == len(self._table):

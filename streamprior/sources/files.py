@@ -290,26 +290,21 @@ def _open_hdf5(path: Path, inside: str) -> Recording:
     stack = _dataset(path, file, inside)
     # `data_1` and `data` only link to the frames; what is known of them stands with the detector.
     detector_group = next((file[name] for name in _DETECTORS if isinstance(file.get(name), h5py.Group)), stack.parent)
-    positions = _positions(file, stack.shape[0])
     mask = detector_group.get("mask", detector_group.get("pixel_mask"))
     shape = (int(stack.shape[1]), int(stack.shape[2])) if stack.ndim == 3 else None
     joules = _number(file.get("entry_1/instrument_1/source_1/energy"))
     title = file.get("entry_1/title")
-    return _whole(
-        path,
-        stack,
-        geometry=Detector(
-            shape=shape,
-            mask=np.asarray(mask[()]) != 0 if mask is not None and mask.shape == shape else None,
-            pixel_m=_number(detector_group.get("x_pixel_size")),
-            distance_m=_number(detector_group.get("distance")),
-            # CXI keeps the energy in joules.
-            energy_ev=joules / _JOULES_PER_EV if joules is not None else None,
-            frame_time_s=_number(detector_group.get("count_time")),
-        ),
-        positions=positions,
-        metadata={"file": path.name, "title": _text(title)},
+    geometry = Detector(
+        shape=shape,
+        mask=np.asarray(mask[()]) != 0 if mask is not None and mask.shape == shape else None,
+        pixel_m=_number(detector_group.get("x_pixel_size")),
+        distance_m=_number(detector_group.get("distance")),
+        # CXI keeps the energy in joules.
+        energy_ev=joules / _JOULES_PER_EV if joules is not None else None,
+        frame_time_s=_number(detector_group.get("count_time")),
     )
+    positions = _positions(file, stack.shape[0], geometry)
+    return _whole(path, stack, geometry=geometry, positions=positions, metadata={"file": path.name, "title": _text(title)})
 
 
 def _dataset(path: Path, file: h5py.File, inside: str) -> Any:
@@ -331,14 +326,19 @@ def _dataset(path: Path, file: h5py.File, inside: str) -> Any:
     return file[stacks[0]]
 
 
-def _positions(file: h5py.File, count: int) -> npt.NDArray[np.float64] | None:
+def _positions(file: h5py.File, count: int, geometry: Detector) -> npt.NDArray[np.float64] | None:
     """Probe positions, x then y. CXI's translation is the motion of the sample in metres: the probe moves the other way on it.
     position_px is (row, column) of the probe's window in object pixels, as programs that cannot know the pixel's size leave it."""
-    for name, motion in (("translation", -1.0), ("position_px", 1.0)):
+    for name in ("translation", "position_px"):
         found = file.get(f"entry_1/sample_1/geometry_1/{name}")
-        if isinstance(found, h5py.Dataset) and found.ndim == 2 and found.shape[0] == count and found.shape[1] >= 2:
-            pairs = motion * np.asarray(found[:, :2], np.float64)
-            return pairs if name == "translation" else np.ascontiguousarray(pairs[:, ::-1])
+        if not (isinstance(found, h5py.Dataset) and found.ndim == 2 and found.shape[0] == count and found.shape[1] >= 2):
+            continue
+        pairs = np.asarray(found[:, :2], np.float64)
+        if name == "translation":
+            return -pairs
+        # Where the file tells the pixel's size after all, they are metres like any other.
+        scale = geometry.reach_m / np.array(geometry.shape) if geometry.reach_m is not None and geometry.shape is not None else 1.0
+        return np.ascontiguousarray((pairs * scale)[:, ::-1])
     return None
 
 

@@ -339,9 +339,9 @@ def _late(user_data: Any) -> dict[int, tuple[float, float]]:
 
 
 def _place(x: Any, y: Any) -> tuple[float, float] | None:
-    """A position that is none (no number, NaN) is one that never came."""
-    place = float(x), float(y)
-    return place if math.isfinite(place[0]) and math.isfinite(place[1]) else None
+    """A position that is none (null, text, NaN) is one that never came; it costs its frame nothing else."""
+    numbers = [float(one) for one in (x, y) if isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one)]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
