@@ -151,15 +151,15 @@ class MosaicSettings(_Room):
     """How much the light that a place has had adds to that weight: 0 forgets, 1 is a running mean. Weight and memory were chosen on the
     agreement of halves after one pass, on the measured Siemens star and on gold balls together (docs/decisions/0014)."""
     settle: bool = True
-    """After 16, 32, 64, 128 and 256 frames, two further passes over all of them: the first frames met an empty mosaic and an unrefined
-    probe."""
+    """After 16, 32, 64, 128, 256 frames and then every 256, two further passes over the newest 256: every frame met a mosaic that did not
+    know its surroundings yet, and the first ones an unrefined probe. It triples the cost of a frame."""
     halves: bool = True
     """Put odd and even frames together apart as well: it doubles the cost, and is what uncertainty and resolution are known from."""
     polish: bool = True
     """While no frame comes, further passes over the last 256. What it adds depends on the clock: switch it off where live and replayed
     runs must agree bit for bit."""
     finish: Annotated[int, Field(ge=0, le=1000)] = 11
-    """Passes over all kept frames after the run: two thirds single (ePIE), the rest averaging (overlap projection). 0: none."""
+    """Passes over all kept frames after the run: two thirds frame by frame, the rest averaging (overlap projection). 0: none."""
     trust: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     """Class name -> how far the counts of its pixels are believed (1 where not named). Measured: less than 1 on the background costs
     resolution (docs/decisions/0014)."""

@@ -48,8 +48,8 @@ class Detector:
 
     @property
     def reach_m(self) -> float | None:
-        """wavelength x distance / pixel: how far a far-field pattern's finest fringes reach on the sample; over the number of detector pixels
-        along an axis it is the object pixel. None where not all of it is known."""
+        """wavelength x distance / pixel: over the number of detector pixels along an axis it is the object pixel. None where not all of it
+        is known."""
         if not (self.energy_ev and self.distance_m and self.pixel_m):
             return None
         return _EV_M / self.energy_ev * self.distance_m / self.pixel_m

@@ -36,6 +36,12 @@ STAR = MosaicSettings(refine=True, modes=2)
 """The star's file has a probe of another focus: it is refined, with a second mode."""
 
 BALLS = MosaicSettings()
+OFFSET_PX = 90_000
+"""A stage whose zero is elsewhere: a millimetre, in whole object pixels, so that the truth can be laid beside it."""
+
+LEAST_GROUND_PX = 400
+"""Pixels that ground first lit between two stops must have to be followed by itself."""
+
 RULES = [(weight, memory) for weight in (0.01, 0.05, 0.1, 0.3, 1.0) for memory in (0.0, 0.1, 0.3, 1.0)]
 
 
@@ -141,23 +147,32 @@ def _balls(twin: Twin, recording: Recording) -> Iterator[Row]:
     scan = _scan_of(twin)
     prior = _prior(recording)
     stops = [round(len(recording) * part / 16) for part in range(1, 16)]
+    total = 1
     for settings, arm in ((BALLS, "streamed"), (BALLS.model_copy(update={"settle": False}), "streamed, not settled")):
         begun = time.perf_counter()
-        first_region: Array | None = None
+        grounds: list[tuple[Array, float]] = []  # ground by the stop at which it was first lit, and its least error so far
+        known: Array | None = None
         for image in stream_mosaic(recording, prior, settings, scan.probe, stops):
             error, lit = _error(image, scan)
-            first_region = lit if first_region is None else first_region
+            now = [(ground, _error(image, scan, ground)[0]) for ground, _ in grounds]
+            rises = [one / least for (_, one), (_, least) in zip(now, grounds, strict=True)]
+            grounds = [(ground, min(one, least)) for (ground, one), (_, least) in zip(now, grounds, strict=True)]
+            fresh = lit if known is None else lit & ~known
+            known = lit if known is None else known | lit
+            if np.count_nonzero(fresh) >= LEAST_GROUND_PX:
+                grounds.append((fresh, _error(image, scan, fresh)[0]))
             yield {
                 "part": "gold balls",
                 "arm": arm,
                 **_live(image),
                 "error": error,
-                "error_of_the_first_region": _error(image, scan, first_region)[0],
+                "error_of_the_first_region": now[0][1] if now else error,
+                "worst_rise_of_any_region": max(rises, default=1.0),
+                "regions": len(grounds),
                 "seconds": time.perf_counter() - begun,
             }
-        passes = 1 + image.passes / len(image.frames.index)
         if arm == "streamed":
-            total = round(passes)
+            total = round(1 + image.passes / len(image.frames.index))
     counts = np.stack([recording.frame(i) for i in range(len(recording))]).astype(np.float32)
     corners = np.asarray(scan.corners)
     for passes in (1, 4, total):
@@ -192,7 +207,7 @@ def _faults(twin: Twin, recording: Recording) -> Iterator[Row]:
         ("sign of x", recording, right * stage, scan.probe),
         ("sign of y", recording, right * -stage, scan.probe),
         ("axes swapped", recording, right[:, ::-1], scan.probe),
-        ("offset of 1 mm", recording, right + 1e-3, scan.probe),
+        (f"offset of {OFFSET_PX} pixels", recording, right + OFFSET_PX * np.array(scan.pixel_m[::-1]), scan.probe),
         ("10 % without position", recording, missing, scan.probe),
         ("wrong probe", recording, right, wrong_probe.astype(np.complex64)),
         ("beam dump of 20 frames, two frames of no data", _rough(twin, recording), right, scan.probe),
@@ -201,7 +216,8 @@ def _faults(twin: Twin, recording: Recording) -> Iterator[Row]:
     for name, frames, positions, probe in cases:
         *_, image = stream_mosaic(frames, prior, settings, probe, positions=positions)
         wrong_axes = name.startswith(("sign", "axes"))
-        moved = replace(image, origin=(image.origin[0] - 1e-3, image.origin[1] - 1e-3)) if name.startswith("offset") else image
+        back = [first - OFFSET_PX * pixel for first, pixel in zip(image.origin, scan.pixel_m, strict=True)]
+        moved = replace(image, origin=(back[0], back[1])) if name.startswith("offset") else image
         yield {
             "part": "faults",
             "fault": name,

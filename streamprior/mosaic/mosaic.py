@@ -17,7 +17,8 @@ SWEEP = Rule(1, 0.05, 0.3)
 """A further pass over frames that are in already, from no light on."""
 
 POLISH = Rule(1, 1.0, 0.0, lit=False)
-"""A further pass over a few frames, whose light is not counted again: plain ePIE (Maiden & Rodenburg, Ultramicroscopy 109, 1256, 2009)."""
+"""A further pass over a few frames, whose light is not counted again: the cautious step of ePIE (Maiden & Rodenburg, Ultramicroscopy 109,
+1256, 2009), halved where the probe is brightest."""
 
 BLOCK = 8
 """Frames after which the probe is moved: few enough for the next ones to gain by it, many enough to average."""
@@ -70,7 +71,8 @@ class Picture:
     """The mosaic at one moment, cropped to where light was; (rows, columns).
 
     image : complex64, relative to an empty beam. odd, even : complex64, from half of the frames each; None without halves. light : float32,
-    photons per pixel that fell on it. both : float32, the lesser of what fell on the halves. origin : (row, column) of its first pixel, object pixels. probe : (M, H, W).
+    photons per pixel that fell on it. both : float32, the lesser of what fell on the halves. origin : (row, column) of its first pixel,
+    object pixels. probe : (M, H, W).
     """
 
     image: npt.NDArray[np.complex64]
@@ -162,12 +164,13 @@ class Mosaic:
             self._guard.judge(self.places)
         return found
 
-    def sweep(self, rule: Rule = SWEEP, seed: int = 0) -> Iterator[float]:
-        """One more pass over the kept frames, in an order drawn by `seed`; yields the part that is done after each block.
+    def sweep(self, rule: Rule = SWEEP, seed: int = 0, newest: int | None = None) -> Iterator[float]:
+        """One more pass over the kept frames, or the newest of them, in an order drawn by `seed`; yields the part that is done after each
+        block.
 
         The light by which `rule` remembers is that of this sweep alone. No frame may be added before it is through.
         """
-        shots = list(self.kept)
+        shots = list(self.kept)[-newest:] if newest is not None else list(self.kept)
         aside = [Canvas(canvas.image, self._blank().light) for canvas in self._canvases]
         order = np.random.default_rng(seed).permutation(len(shots))
         for first in range(0, len(order), BLOCK):

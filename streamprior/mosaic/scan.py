@@ -29,7 +29,9 @@ log = structlog.get_logger(__name__)
 FIRST_FRAMES = 8
 """Frames that are gathered before the mosaic begins: their photons scale the probe, their mean models it."""
 
-SETTLE_AT = (16, 32, 64, 128, 256)
+SETTLE_FROM, SETTLE_EVERY = 16, 256
+"""The mosaic settles after so many frames, then after twice as many each time, and then every so many."""
+
 _SETTLE_SWEEPS = 2
 
 _FLUX_FRAMES = 64
@@ -152,7 +154,7 @@ class Scan:
         self._table = np.zeros(0, _ROW)
         self._rows = 0
         self._newest: deque[float] = deque(maxlen=_FLUX_FRAMES)
-        self._settle_at = list(SETTLE_AT) if settings.settle else []
+        self._settle_at = SETTLE_FROM if settings.settle else None
         self._out: Counter[Place] = Counter()
         self._warnings: dict[str, str] = {}
 
@@ -394,15 +396,15 @@ class Scan:
         at = 0
         while at < len(shots):
             # Up to where the mosaic settles next, so that the result does not depend on how frames were handed over.
-            room = self._settle_at[0] - self._mosaic.frames if self._settle_at else len(shots)
+            room = self._settle_at - self._mosaic.frames if self._settle_at is not None else len(shots)
             part = shots[at : at + room]
             for shot, passed in zip(part, self._mosaic.add(part), strict=True):
                 self._note(shot, passed)
             at += len(part)
-            if self._settle_at and self._mosaic.frames >= self._settle_at[0]:
-                self._settle_at.pop(0)
+            if self._settle_at is not None and self._mosaic.frames >= self._settle_at:
+                self._settle_at = min(2 * self._settle_at, self._settle_at + SETTLE_EVERY)
                 for seed in range(_SETTLE_SWEEPS):
-                    for _ in self._mosaic.sweep(seed=seed):
+                    for _ in self._mosaic.sweep(seed=seed, newest=SETTLE_EVERY):
                         pass
 
     def _note(self, shot: Shot, passed: Passed) -> None:
