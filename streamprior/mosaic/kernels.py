@@ -246,6 +246,21 @@ def store_window(image, light, row, column, patch, intensity, lit):  # type: ign
 
 
 @kernel
+def power_of(targets):  # type: ignore[no-untyped-def]
+    """(B,) float64: sum of the squares of what was measured, at least 1."""
+    power = np.ones(targets.shape[0])
+    for b in range(targets.shape[0]):
+        total = 0.0
+        for y in range(targets.shape[1]):
+            line, part = targets[b, y], F32(0)
+            for x in range(line.size):
+                part += line[x] * line[x] if line[x] > F32(0) else F32(0)
+            total += np.float64(part)
+        power[b] = max(total, 1.0)
+    return power
+
+
+@kernel
 def add_residual(adjoint, probe, object, field, gained):  # type: ignore[no-untyped-def]
     """gained += conj(adjoint) (field - probe object), along a row."""
     for x in range(field.size // 2):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from streamprior.mosaic.kernels import power_of
 from streamprior.mosaic.overlap import Canvas, Overlap, Rule, Shots
 from streamprior.mosaic.probe import Modes, ProbePlaces
 
@@ -22,6 +23,9 @@ POLISH = Rule(1, 1.0, 0.0, lit=False)
 
 BLOCK = 8
 """Frames after which the probe is moved: few enough for the next ones to gain by it, many enough to average."""
+
+_AT_ONCE = 16
+"""Frames that are stacked at a time where the probe stands: a megabyte of 128 x 128, which the cache still holds when they are used."""
 
 _GUARDED, _WORSE, _KNOWN = 64, 2.0, 0.5
 """Frames over which the guard of the probe judges, how much worse they must be foretold, and their least overlap."""
@@ -116,6 +120,7 @@ class Mosaic:
         self._rule, self._gain = rule, gain
         self._overlaps = [overlap(), overlap()] if halves else [overlap()]
         self._helper = ThreadPoolExecutor(1, "mosaic-halves") if halves else None
+        self._behind: Future[None] | None = None
         self._keep_bytes, self._canvas_bytes = keep_bytes, canvas_bytes
         self._canvases: list[Canvas] = []  # of all frames, of the even ones, of the odd ones
         self._extent: Extent | None = None
@@ -143,9 +148,10 @@ class Mosaic:
         found: list[Passed] = []
         at = 0
         while at < len(shots):
-            step = BLOCK - self.frames % BLOCK if self._gain else len(shots)
+            step = BLOCK - self.frames % BLOCK if self._gain else _AT_ONCE
             found += self._first_pass(shots[at : at + step])
             at += step
+        self._join()
         return found
 
     def _first_pass(self, block: Sequence[Shot]) -> list[Passed]:
@@ -227,11 +233,13 @@ class Mosaic:
 
     def _again(self, canvases: Sequence[Canvas], block: Sequence[Shot], rule: Rule) -> None:
         self._pass(canvases, block, rule)
+        self._join()
         self.passes += len(block)
         if self._gain:
             self._move_probe(self._gain)
 
     def _move_probe(self, gain: float) -> None:
+        self._join()
         self.places.refine(*self._overlaps[0].take_gradient(), gain)
 
     def _pass(
@@ -244,11 +252,8 @@ class Mosaic:
             for canvas, part in self._parts(block, stacked):
                 self._overlaps[1].passes(canvases[canvas], part, self.places, rule, False)
 
-        waiting = self._helper.submit(halves) if self._helper is not None else None
-        misfit = self._overlaps[0].passes(canvases[0], stacked, self.places, rule, self._gain > 0)
-        if waiting is not None:
-            waiting.result()
-        return misfit, _power(stacked)
+        self._beside(halves)
+        return self._overlaps[0].passes(canvases[0], stacked, self.places, rule, self._gain > 0), _power(stacked)
 
     def _gather(self, block: Sequence[Shot], totals: Sequence[Canvas]) -> None:
         stacked = self._stacked(block)
@@ -257,10 +262,21 @@ class Mosaic:
             for canvas, part in self._parts(block, stacked):
                 self._overlaps[1].gather(self._canvases[canvas], totals[canvas], part, self.places, False)
 
-        waiting = self._helper.submit(halves) if self._helper is not None else None
+        self._beside(halves)
         self._overlaps[0].gather(self._canvases[0], totals[0], stacked, self.places, self._gain > 0)
-        if waiting is not None:
-            waiting.result()
+        self._join()
+
+    def _beside(self, work: Callable[[], None]) -> None:
+        """Hand work on the halves to the other thread, once it is through with what it has: it may be a block behind."""
+        self._join()
+        if self._helper is not None:
+            self._behind = self._helper.submit(work)
+
+    def _join(self) -> None:
+        """Wait for the halves: before anything that they use is changed, and before anybody looks."""
+        if self._behind is not None:
+            self._behind.result()
+            self._behind = None
 
     def _parts(self, block: Sequence[Shot], stacked: Shots) -> Iterator[tuple[int, Shots]]:
         """(canvas, frames) of the even and of the odd frames of a block."""
@@ -301,6 +317,7 @@ class Mosaic:
         wanted, had = self._united(positions), self._extent
         if wanted == had:
             return
+        self._join()
         roomy = self._with_margin(wanted)
         self._extent = roomy if self._bytes(roomy) <= self._canvas_bytes else wanted
         if had is None:
@@ -363,4 +380,4 @@ class _Guard:
 
 def _power(shots: Shots) -> npt.NDArray[np.float64]:
     """(B,) sum of the squared targets, at least 1: the denominator of chi2."""
-    return np.asarray(np.maximum(np.square(np.maximum(shots.targets, 0), dtype=np.float64).sum((1, 2)), 1.0))
+    return np.asarray(power_of(shots.targets), np.float64)
