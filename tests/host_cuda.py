@@ -235,6 +235,11 @@ class Card:
         array[...] = 1
         return array
 
+    def asarray(self, host: np.ndarray) -> Array:  # type: ignore[type-arg]
+        array = self.empty(host.shape, host.dtype)
+        array[...] = host
+        return array
+
     def forget(self) -> None:
         """Begin again for the next test."""
         self._memory.clear()

@@ -526,6 +526,39 @@ def test_polishing_goes_once_over_the_newest_frames_adds_no_light_and_begins_aga
     assert mosaic.polish(20)
 
 
+def test_a_sweep_over_the_newest_frames_does_not_spoil_the_ground_beside_them() -> None:
+    """Passed again as if nothing had been known, the newest frames would overwrite what many earlier ones agree on."""
+    sim = simulated(12, photons=1e4)
+    older = len(sim) // 2
+    mosaic = a_mosaic(sim, halves=False)
+    mosaic.add(shots_of(sim, range(older)))
+    for seed in range(4):
+        through(mosaic.sweep(seed=seed))
+    mosaic.add(shots_of(sim, range(older, len(sim))))
+    light = np.zeros(sim.object.shape)
+    for corner in np.rint(sim.corners[:older]).astype(int):
+        light[window_at(corner, sim.probe)] += (np.abs(sim.probe) ** 2).sum(0)
+    ground = well_lit(light)
+
+    def error() -> float:
+        picture = mosaic.picture()
+        assert picture is not None
+        whole = np.ones(sim.object.shape, np.complex64)
+        row, column = picture.origin
+        rows, columns = (
+            min(size, limit - first) for size, limit, first in zip(picture.image.shape, whole.shape, picture.origin, strict=True)
+        )
+        whole[row : row + rows, column : column + columns] = picture.image[:rows, :columns]
+        difference = onto(sim.object, whole, ground) - sim.object
+        return float(np.sqrt(np.mean(np.abs(difference[ground]) ** 2)) / sim.object[ground].std())
+
+    before, told = error(), mosaic.chi2()
+    for seed in range(2):
+        through(mosaic.sweep(seed=seed, newest=len(sim) - older))
+    assert mosaic.chi2() < told
+    assert error() < 1.03 * before
+
+
 def test_a_sweep_in_another_order_of_the_same_seed_is_the_same_sweep() -> None:
     sim = simulated(5)
     found = []

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamprior.arrays import BACKWARD, FORWARD, load_cupy, plan_cufft
-from streamprior.mosaic.overlap import DIM, FLOOR, Canvas, Rule, Shots
+from streamprior.mosaic.overlap import DIM, FLOOR, Canvas, Corners, Rule, Shots, light_without
 from streamprior.mosaic.probe import ProbePlaces
 
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -187,6 +187,12 @@ class CudaOverlap:
             self._dose[...] = 0
         self._asked = 0
         return gradient, dose
+
+    def without(self, canvas: Canvas, corners: Corners, slots: npt.NDArray[np.int64], places: ProbePlaces) -> Canvas:
+        """As `CpuOverlap.without`, on the host: it is asked once a sweep."""
+        with self._stream:
+            light = light_without(canvas.light.get(), corners, slots, places)  # sync: the light leaves the card
+            return Canvas(canvas.image, self._cupy.asarray(light))
 
     def fetch(self, canvas: Canvas) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.float32]]:
         with self._stream:

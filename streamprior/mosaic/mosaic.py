@@ -174,10 +174,11 @@ class Mosaic:
         """One more pass over the kept frames, or the newest of them, in an order drawn by `seed`; yields the part that is done after each
         block.
 
-        The light by which `rule` remembers is that of this sweep alone. No frame may be added before it is through.
+        Of the light by which `rule` remembers, these frames' own is taken away first and comes back with their pass: ground that others
+        have lit too holds as it would against new frames. No frame may be added before the sweep is through.
         """
         shots = list(self.kept)[-newest:] if newest is not None else list(self.kept)
-        aside = [Canvas(canvas.image, self._blank().light) for canvas in self._canvases]
+        aside = self._without(shots)
         order = np.random.default_rng(seed).permutation(len(shots))
         for first in range(0, len(order), BLOCK):
             self._again(aside, [shots[i] for i in order[first : first + BLOCK]], rule)
@@ -230,6 +231,19 @@ class Mosaic:
         both = np.minimum(halves[0][1][cut], halves[1][1][cut]) if halves else None
         cropped = np.ascontiguousarray(image[cut]), np.ascontiguousarray(light[cut])
         return Picture(*cropped, odd, even, both, origin, self.places.modes.copy())
+
+    def _without(self, shots: Sequence[Shot]) -> list[Canvas]:
+        """The canvases with the light of other frames than these."""
+        if not shots or self._extent is None:
+            return list(self._canvases)
+        corners, slots = self.places.places(np.array([shot.position for shot in shots], np.float64))
+        corners -= np.array(self._extent[:2])
+        parity = np.array([shot.index % 2 for shot in shots])
+        of_canvas = [np.ones(len(shots), np.bool_), parity == 0, parity == 1]
+        return [
+            self._overlaps[0].without(canvas, corners[chosen], slots[chosen], self.places)
+            for canvas, chosen in zip(self._canvases, of_canvas, strict=False)
+        ]
 
     def _again(self, canvases: Sequence[Canvas], block: Sequence[Shot], rule: Rule) -> None:
         self._pass(canvases, block, rule)

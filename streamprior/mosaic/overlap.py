@@ -68,6 +68,10 @@ class Canvas:
     light: Any
 
 
+Corners = npt.NDArray[np.int64]
+"""(B, 2) row and column of windows on a canvas."""
+
+
 class Overlap(Protocol):
     """What computes: one for each thread or card. Arrays of a canvas are its own; only `fetch` brings them to the host."""
 
@@ -80,6 +84,8 @@ class Overlap(Protocol):
     def gather(self, canvas: Canvas, total: Canvas, shots: Shots, places: ProbePlaces, refine: bool) -> npt.NDArray[np.float64]: ...
 
     def project(self, canvas: Canvas, total: Canvas) -> None: ...
+
+    def without(self, canvas: Canvas, corners: Corners, slots: npt.NDArray[np.int64], places: ProbePlaces) -> Canvas: ...
 
     def take_gradient(self) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.float32]]: ...
 
@@ -180,6 +186,10 @@ class CpuOverlap:
         """The overlap projection: image += total / light."""
         canvas.image += total.image / (total.light + F32(FLOOR) * max(F32(total.light.max()), F32(1e-30)))
 
+    def without(self, canvas: Canvas, corners: Corners, slots: npt.NDArray[np.int64], places: ProbePlaces) -> Canvas:
+        """The same image with the light of all frames but these, for passing them again as if they came for the first time."""
+        return Canvas(canvas.image, light_without(canvas.light.copy(), corners, slots, places))
+
     def take_gradient(self) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.float32]]:
         """What the frames since the last call ask of the probe (slots used, modes, H, W), and the sum of |object|^2 under it (H, W)."""
         gradient, dose = self._gradient[: self._asked].view(np.complex64).copy(), self._dose.copy()
@@ -198,6 +208,17 @@ class CpuOverlap:
             grown[: len(self._gradient)] = self._gradient
             self._gradient = grown
         return self._gradient
+
+
+def light_without(
+    light: npt.NDArray[np.float32], corners: Corners, slots: npt.NDArray[np.int64], places: ProbePlaces
+) -> npt.NDArray[np.float32]:
+    """(rows, columns) of light, in place less that of frames at these corners."""
+    rows, columns = places.power.shape[1:]
+    for (row, column), slot in zip(corners.tolist(), slots.tolist(), strict=True):
+        light[row : row + rows, column : column + columns] -= places.power[slot]
+    # A probe that has moved since leaves a little less or more than there was.
+    return np.maximum(light, 0, out=light)
 
 
 def _pairs(array: npt.NDArray[np.complex64]) -> npt.NDArray[np.float32]:
