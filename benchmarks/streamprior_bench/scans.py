@@ -36,8 +36,8 @@ STAR = MosaicSettings(refine=True, modes=2)
 """The star's file has a probe of another focus: it is refined, with a second mode."""
 
 BALLS = MosaicSettings()
-OFFSET_PX = 90_000
-"""A stage whose zero is elsewhere: a millimetre, in whole object pixels, so that the truth can be laid beside it."""
+OFFSET_PX = 900
+"""A stage whose zero is elsewhere: 10 um, in whole object pixels, so that the truth can be laid beside it."""
 
 LEAST_GROUND_PX = 400
 """Pixels that ground first lit between two stops must have to be followed by itself."""
