@@ -139,6 +139,8 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         raise ConfigError(f"archive.folder: {error}") from None
     log.info("warming up", kernels=str(state_folder()))
     daemon.recipe.warm_up()
+    if daemon.mosaic is not None:
+        daemon.mosaic.warm_up()
     daemon.server.start()
     try:
         daemon.source.open()

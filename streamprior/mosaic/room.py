@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import structlog
 
 from streamprior.config import MosaicSettings
-from streamprior.mosaic.overlap import Overlap
+from streamprior.mosaic.mosaic import Mosaic, Shot
+from streamprior.mosaic.overlap import Overlap, Rule
 from streamprior.mosaic.probe import Modes
 from streamprior.mosaic.scan import Scan
 from streamprior.prior import Prior
@@ -73,6 +75,17 @@ class MosaicRoom:
         self._closing = threading.Event()
         self._hand: threading.Thread | None = None
         self.failure: BaseException | None = None
+
+    def warm_up(self) -> None:
+        """Compile the kernels and plan the FFTs on blank frames: the first frames would otherwise wait for it, and masks beside them."""
+        settings, shape = self._settings, self._prior.geometry.shape
+        modes = settings.modes or (1 if self._probe is None else len(self._probe))
+        probe = np.ones((modes, *shape), np.complex64)
+        blank = Mosaic(probe, Rule(), lambda: self._overlap(modes), settings.halves, settings.gain if settings.refine else 0.0)
+        blank.add([Shot(i, (0.5 * i, 0.0), np.ones(shape, np.float32)) for i in range(2)])
+        for _ in (*blank.sweep(), *blank.average()):
+            pass
+        blank.close()
 
     def open(self) -> None:
         if self._hand is None:
