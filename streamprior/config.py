@@ -60,24 +60,83 @@ def _zmq_address(address: str) -> str:
 class SourceSettings(_Room):
     """Where frames come from."""
 
-    kind: Literal["dectris_v2", "file"] = "dectris_v2"
-    """dectris_v2: DECTRIS stream V2 over ZMQ. file: a recorded run, read as fast as it can be processed; the daemon ends with it."""
+    kind: Literal["dectris_v2", "dectris_v1", "documents", "tiled", "file"] = "dectris_v2"
+    """dectris_v2, dectris_v1: DECTRIS streams over ZMQ. documents: Bluesky documents, over 0MQ or from a file (`path`), with their pixels
+    inline or by reference. tiled: a run that is in Tiled. file: a recorded run. The last two, and a file of documents, are read as fast
+    as they can be processed, and the daemon ends with them."""
     name: str = "detector"
     """Part of every frame's identity and a label of the metrics."""
     address: Annotated[str, AfterValidator(_zmq_address)] = "tcp://127.0.0.1:31001"
-    """ZMQ address; 31001 is the port of DECTRIS stream V2. Loopback unless told otherwise."""
+    """ZMQ address; 31001 is the port of DECTRIS stream V2, 9999 that of V1, 5578 where a Bluesky proxy gives documents out. Loopback
+    unless told otherwise."""
     attach: Literal["bind", "connect"] = "bind"
-    """bind: senders connect to us (twin, replay). connect: we connect to a detector's PUSH socket (EIGER2)."""
+    """bind: senders connect to us (twin, replay, a Bluesky publisher without a proxy). connect: we connect to a detector's PUSH socket
+    (EIGER2) or to a Bluesky proxy."""
     channel: str = "threshold_1"
     """Threshold channel that is read. "difference" channels wrap around zero and are no photons."""
     path: Path | None = None
-    """The recorded run of a file source: CXI, NeXus/HDF5 (FILE::/path/in/file picks a dataset), .npy or a folder of TIFFs."""
+    """The recorded run of a file source: CXI, NeXus/HDF5 (FILE::/path/in/file picks a dataset), .npy, a folder of TIFFs or EDFs; or a file
+    of documents (JSON, or a JSON line each)."""
     frames: str = ":"
-    """Python slice of a file source's frames, for example 1::2."""
+    """Python slice of a file's frames, for example 1::2."""
+    skip: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Frames of a file that are left out, by their index in the file: outliers that somebody has found."""
+    follow_s: Annotated[float, Field(ge=0)] = 0.0
+    """A file that is still being written (HDF5, SWMR) is over when it has not grown for so many seconds; 0: what it holds now is all."""
+    uri: str | None = None
+    """Tiled server of a tiled source; empty: that of `tiled.uri`."""
+    run: str = "latest"
+    """Run in Tiled: its uid or the beginning of it, its scan number, key=value for a search in its start document, or latest."""
+    array: str | None = None
+    """Path of the frames within the run; empty: the only stack of images in it."""
     max_message_mb: Annotated[int, Field(gt=0, le=4096)] = 256
     """MiB. A larger message is quarantined before it is decoded; an EIGER2 16M image of three uncompressed channels has 217."""
     high_water_mark: Annotated[int, Field(gt=0)] = 256
-    """Messages that ZMQ itself may hold; small, because the receive queue is counted in bytes and ZMQ's is not."""
+    """Messages that ZMQ itself may hold; small, because the receive queue is counted in bytes and ZMQ's is not. Documents are small and
+    their publisher never waits: of those it is 100 times as many."""
+
+
+class DocumentsSettings(_Room):
+    """Bluesky documents, as a source of frames or of positions."""
+
+    prefix: str = ""
+    """That of the publisher; documents of another one are not ours."""
+    serializer: Literal["msgpack", "json", "pickle"] = "msgpack"
+    """Must be the publisher's. Bluesky's own default is pickle, which can execute code: here only numpy arrays, scalars and plain
+    containers are unpickled, everything else is quarantined."""
+    image: str | None = None
+    """Data key of the frames; empty: the only two-dimensional one."""
+    folders: tuple[Path, ...] = ()
+    """Files that documents refer to are read from these folders and those within them, nowhere else."""
+    moved: dict[str, Path] = {}
+    """Folder as the documents name it -> where this machine has it."""
+    flush_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long a frame is waited for that a document refers to and that its file does not hold yet."""
+
+
+class PositionSettings(_Room):
+    """Where the probe stood: motors of a Bluesky scan, joined to frames."""
+
+    x: str | None = None
+    """Data key of the motor that moves along the columns of a frame; empty: no positions out of documents."""
+    y: str | None = None
+    """The same along rows; empty: a scan along x alone."""
+    unit: Literal["m", "mm", "um", "nm"] | None = None
+    """Of both motors; empty: as the descriptor says, and mm where it says nothing."""
+    address: Annotated[str, AfterValidator(_zmq_address)] | None = None
+    """Where documents come from when frames come over another wire; 5578 on a Bluesky proxy. Empty: with the frames."""
+    attach: Literal["bind", "connect"] = "connect"
+    """connect: to a Bluesky proxy. bind: a publisher connects to us."""
+    join: Literal["number", "time"] = "number"
+    """number: frame i belongs to event i of the scan, or to the one that a stream_datum names. time: to where the motors stood at its time
+    stamp, between two readings or near one; for fly scans whose motors are monitored."""
+    near_s: Annotated[float, Field(gt=0)] = 0.5
+    """Joined by time: farthest that a reading may be from the frame."""
+    wait_s: Annotated[float, Field(ge=0)] = 1.0
+    """How long a frame waits for its position; then it is processed without and flagged. One that comes later still goes into archive and
+    mosaic."""
+    hold_mb: Annotated[int, Field(gt=0)] = 64
+    """MiB of frames that may wait; beyond, the oldest goes on without its position."""
 
 
 class PrepareSettings(_Room):
@@ -243,6 +302,8 @@ class TiledSettings(_Room):
     """Container in Tiled under which runs appear."""
     live_hz: Annotated[float, Field(gt=0, le=10)] = 5.0
     """Updates a second of the arrays under `latest`; at most 10."""
+    documents: bool = False
+    """Write each run's numbers as a Bluesky run of its own too, linked to the raw one, for clients that read those (databroker)."""
 
 
 class HttpSettings(_Room):
@@ -273,6 +334,8 @@ class Config(BaseSettings):
     recipe: Literal["bragg", "ptycho"] = "bragg"
     """Which stages run: bragg is prepare, classify, match, refine, drift; ptycho is prepare, classify, drift, mosaic."""
     source: SourceSettings = SourceSettings()
+    documents: DocumentsSettings = DocumentsSettings()
+    positions: PositionSettings = PositionSettings()
     prepare: PrepareSettings = PrepareSettings()
     refine: RefineSettings = RefineSettings()
     mosaic: MosaicSettings = MosaicSettings()
@@ -363,6 +426,8 @@ def spelled(annotation: Any) -> str:
         return " | ".join(map(spelled, parts))
     if parts:
         return f"{annotation.__name__}[{', '.join(map(spelled, parts))}]"
+    if annotation is Ellipsis:
+        return "..."
     return "None" if annotation is NoneType else str(annotation.__name__)
 
 
@@ -384,7 +449,7 @@ def example_yaml() -> str:
 
 
 def _scalar(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def tiled_api_key(settings: TiledSettings) -> str | None:
@@ -411,6 +476,10 @@ def _rooted(config: Config, folder: Path) -> Config:
             value = getattr(model, name)
             if isinstance(value, Path) and not value.is_absolute():
                 changes[name] = (folder / value).absolute()
+            elif isinstance(value, tuple) and any(isinstance(one, Path) for one in value):
+                changes[name] = tuple((folder / one).absolute() for one in value)
+            elif isinstance(value, dict) and any(isinstance(one, Path) for one in value.values()):
+                changes[name] = {key: (folder / one).absolute() for key, one in value.items()}
             elif isinstance(value, BaseModel):
                 changes[name] = value.model_copy(update=rooted(value))
         return changes

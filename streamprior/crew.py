@@ -74,7 +74,7 @@ def results_of(batch: Batch, prior: Prior) -> list[Result]:
                 unit=unit,
                 distance=float(start.distance[i, 0]) if start is not None else float("nan"),
                 arm="none" if found is None else "flat" if unit == FLAT else "prototype",
-                flags=int(photons.flags[i]) | (int(found.flags[i]) if found is not None else int(Flag.NOT_REFINED)),
+                flags=frame.flags | int(photons.flags[i]) | (int(found.flags[i]) if found is not None else int(Flag.NOT_REFINED)),
                 clock=batch.clock,
             )
         )

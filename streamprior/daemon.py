@@ -18,18 +18,19 @@ from streamprior import __version__
 from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
+from streamprior.join import Joiner
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.mosaic.backend import overlap_maker
 from streamprior.mosaic.room import MosaicRoom
 from streamprior.mosaic.scan import check_trust, first_probe
 from streamprior.outbox import Outbox
-from streamprior.pipeline import Pipeline
+from streamprior.pipeline import Pipeline, Wire
 from streamprior.prior import Prior, load_prior
 from streamprior.quarantine import Quarantine
 from streamprior.records import MosaicImage
 from streamprior.runs import Runs
-from streamprior.seams import Decoder, Sink, Source, Watch
+from streamprior.seams import Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
 from streamprior.sinks.archive import Archive
 from streamprior.sinks.catalog import Catalog
@@ -57,6 +58,7 @@ class Daemon:
     recipe: Recipe
     ledger: Ledger
     source: Source
+    readings: Source | None
     pipeline: Pipeline
     archive: Archive
     catalog: Catalog | None
@@ -71,7 +73,9 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
     """
     prior = load_prior(config.prior)
     recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe)
-    source, decoder = _source(config, prior)
+    frames = _frames(config)
+    readings = _readings(config)
+    joiner = Joiner(config.positions, separate=readings is not None)
     catalog, archive, live = _sinks(config, prior, recipe)
     sinks: list[Sink] = [archive, *live]
     ledger = Ledger(sink.name for sink in sinks if sink.complete)
@@ -96,8 +100,8 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
         meters.stage,
     )
     pipeline = Pipeline(
-        source,
-        decoder,
+        frames,
+        joiner,
         Runs(ledger.distinct, config.runs.late_s, config.runs.idle_s),
         crew,
         [*recipe.watches(), *watches],
@@ -108,11 +112,13 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
         config.queues.receive_policy,
         admit=lambda counts: check_shape(counts, prior.geometry),
         keep=Quarantine(state_folder() / "quarantine").keep,
+        readings=readings,
     )
     queues: dict[str, Callable[[], int]] = {
         "receive": lambda: pipeline.received.nbytes,
         "compute": lambda: crew.queued_bytes,
         "sequence": lambda: crew.waiting_bytes,
+        "positions": lambda: joiner.nbytes,
     }
     queues |= {outbox.sink.name: _bytes_of(outbox) for outbox in outboxes}
     meters.watch(ledger.in_flight, ledger.missing, queues)
@@ -123,7 +129,9 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
         return state | ({"tiled": catalog.up} if catalog is not None else {})
 
     server = HttpServer(make_app(meters, ledger, page, ready), config.http)
-    return Daemon(config, recipe, ledger, source, pipeline, archive, catalog, server, room)
+    return Daemon(
+        config, recipe, ledger, frames.source, readings.source if readings is not None else None, pipeline, archive, catalog, server, room
+    )
 
 
 def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
@@ -144,6 +152,8 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     daemon.server.start()
     try:
         daemon.source.open()
+        if daemon.readings is not None:
+            daemon.readings.open()
         drained = _serve(daemon, until)
         if daemon.catalog is not None:
             daemon.catalog.close(daemon.config.runs.drain_s if drained else 0.0)
@@ -206,14 +216,20 @@ class _Signals:
         self.count += 1
 
 
-def _source(config: Config, prior: Prior) -> tuple[Source, Decoder]:
+def _frames(config: Config) -> Wire:
+    """What frames come over."""
     settings = config.source
     if settings.kind == "file":
         source = FileSource(settings)
         if settings.path is not None:
             open_recording(settings.path, settings.frames)
-        return source, AsRead()
-    return ZmqPull(settings), StreamV2Decoder(settings.name, settings.channel, settings.max_message_mb * _MIB)
+        return Wire(source, AsRead())
+    return Wire(ZmqPull(settings), StreamV2Decoder(settings.name, settings.channel, settings.max_message_mb * _MIB))
+
+
+def _readings(config: Config) -> Wire | None:
+    """What positions come over, where that is another wire."""
+    return None
 
 
 def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None, Archive, list[Sink]]:

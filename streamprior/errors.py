@@ -15,7 +15,10 @@ class WireError(ValueError):
     # Fixed, because every label value is registered at start so that alerts see zeros.
     REASONS = (
         "not_cbor",
+        "not_stream_v1",
         "not_stream_v2",
+        "not_document",
+        "bad_document",  # a document that its schema refuses, or that refers to one that never came
         "missing_key",
         "wrong_type",
         "wrong_dtype",
@@ -24,6 +27,14 @@ class WireError(ValueError):
         "no_channel",
         "too_large",
         "bad_index",
+        "stray_part",  # stream V1: a part without the parts that must come before it
+        "missing_part",  # stream V1: a frame whose next part never came
+        "wrong_hash",  # stream V1: the pixels are not those that the md5 was made of
+        "unsafe_pickle",  # it would have executed code
+        "outside_folder",  # a reference to a file that is not ours to read
+        "no_reader",  # a reference of a kind that nothing here can read
+        "file_absent",  # a referenced file that was not there, or not that far written, within the bound
+        "file_damaged",
     )
 
     def __init__(self, reason: str, detail: str) -> None:

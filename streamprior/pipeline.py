@@ -6,22 +6,25 @@ it has left and nothing is left to take. Shutdown is therefore no second path: t
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
 from streamprior.crew import Job, ThreadCrew
 from streamprior.errors import WireError
+from streamprior.join import Joiner
 from streamprior.ledger import Ledger
 from streamprior.mailbox import Mailbox, Policy
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
 from streamprior.records import Frame, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
 from streamprior.runs import LateFrame, Runs
-from streamprior.seams import Admit, Decoder, Keep, Message, Source, Watch
+from streamprior.seams import Admit, Decoded, Decoder, Keep, Message, Source, Watch
 
 log = structlog.get_logger(__name__)
 
@@ -32,16 +35,33 @@ _GRACE_S = 0.5
 """How long a stop goes on taking what the socket holds."""
 
 
+_DOCUMENT_BYTES = 2000
+"""What a document from this very process counts for in the receive queue: it is there anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A source with the decoder of what it hands over."""
+
+    source: Source
+    decoder: Decoder
+
+
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A raw message and when it left the socket, Unix seconds."""
+    """A raw message, when it left the socket (Unix seconds) and the wire that it came over."""
 
     message: Message
     at: float
+    wire: Wire
 
     @property
     def nbytes(self) -> int:
-        return len(self.message) if isinstance(self.message, bytes) else self.message.nbytes
+        if isinstance(self.message, bytes):
+            return len(self.message)
+        if isinstance(self.message, tuple):
+            return sum(len(part) if isinstance(part, bytes) else _DOCUMENT_BYTES for part in self.message)
+        return self.message.nbytes
 
 
 class Pipeline:
@@ -49,14 +69,16 @@ class Pipeline:
 
     Parameters
     ----------
+    frames : the wire that frames come over; runs open and close by it, and the path ends with it.
+    joiner : gives frames their positions. readings : the wire that positions come over where it is another one.
     admit : called with each frame's counts before it joins a batch; raises WireError where it cannot be processed.
     keep : called with each message that is quarantined and the reason (a bounded folder on disk).
     """
 
     def __init__(
         self,
-        source: Source,
-        decoder: Decoder,
+        frames: Wire,
+        joiner: Joiner,
         runs: Runs,
         crew: ThreadCrew,
         watches: Sequence[Watch],
@@ -67,11 +89,13 @@ class Pipeline:
         receive_policy: Policy = "block",
         admit: Admit = lambda counts: None,
         keep: Keep = lambda message, error: None,
+        readings: Wire | None = None,
     ) -> None:
-        self._source, self._decoder, self._runs, self._crew = source, decoder, runs, crew
+        self._frames, self._readings, self._joiner, self._runs, self._crew = frames, readings, joiner, runs, crew
         self._watches, self._outboxes, self._ledger, self._meters = watches, outboxes, ledger, meters
         self._admit, self._keep = admit, keep
         self.received: Mailbox[Received] = Mailbox(receive_bytes, receive_policy, dropped=self._unheard)
+        self._receiving = 1 if readings is None else 2
         self._ticket = 0
         self._stopping = threading.Event()
         self._stopped_at = 0.0
@@ -85,7 +109,9 @@ class Pipeline:
     def rooms(self) -> dict[str, Callable[[], bool]]:
         """Every room's step, in the order of the path; tests call them by hand, `start` gives each a thread."""
         return (
-            {"receive": self.receive, "decode": self.decode}
+            {"receive": partial(self.receive, self._frames)}
+            | ({} if self._readings is None else {"receive-readings": partial(self.receive, self._readings)})
+            | {"decode": self.decode}
             | {f"compute-{n}": step for n, step in enumerate(self._crew.workers)}
             | {"sequence": self.sequence}
             | {f"publish-{outbox.sink.name}": outbox.step for outbox in self._outboxes}
@@ -124,37 +150,65 @@ class Pipeline:
         for outbox in self._outboxes:
             outbox.give_up()
 
-    def receive(self) -> bool:
+    def receive(self, wire: Wire) -> bool:
         """Socket -> mailbox. Only drains, stamps and hands over: nothing is decoded here."""
+        source = wire.source
         stopping = self._stopping.is_set()
-        message = self._source.receive(0 if stopping else _BEAT_S)
+        message = source.receive(0 if stopping else _BEAT_S)
         if message is not None:
-            self.received.put(Received(message, time.time()))
+            self.received.put(Received(message, time.time(), wire))
         # On a stop, what the socket already holds still counts as accepted; a sender that goes on for ever does not.
-        over = self._source.exhausted or (stopping and (message is None or time.monotonic() > self._stopped_at + _GRACE_S))
+        over = source.exhausted or (stopping and (message is None or time.monotonic() > self._stopped_at + _GRACE_S))
         if over:
-            self._source.close()
-            self.received.close()
+            source.close()
+            if wire is self._frames and self._receiving > 1:
+                self.stop()  # readings alone are of no use
+            with self._leaving:
+                self._receiving -= 1
+                last = not self._receiving
+            if last:
+                self.received.close()
         return not over
 
     def decode(self) -> bool:
         """Raw messages -> jobs for the crew; runs open and close here."""
         batch = self.received.take(64, timeout_s=_BEAT_S)
         if batch is None:
+            self._release(math.inf)
             self._turn(self._runs.shutdown())
             self._crew.close()
             return False
         for item in batch:
             self._decode_one(item)
+        self._release(time.time())
         self._turn(self._runs.tick())
         return True
 
     def _decode_one(self, item: Received) -> None:
         try:
-            record = self._decoder.decode(item.message, item.at)
+            for record in item.wire.decoder.decode(item.message, item.at):
+                self._take(item.wire, record, item.message, item.at)
         except WireError as error:
             self._quarantine(None, item.message, error)
+
+    def _release(self, now: float) -> None:
+        """What decoders and joiner held back and may hold no longer; infinity: everything."""
+        for wire in (self._frames, *([self._readings] if self._readings is not None else [])):
+            for record in wire.decoder.due(now):
+                self._take(wire, record, record if not isinstance(record, WireError) else b"", now)
+        for record in self._joiner.due(now):
+            self._hear(record, record)
+
+    def _take(self, wire: Wire, record: Decoded | WireError, message: Message, now: float) -> None:
+        """A decoded record to the joiner, and what that lets go on."""
+        if isinstance(record, WireError):
+            self._quarantine(None, message, record)
             return
+        joined = self._joiner.of_frames(record, now) if wire is self._frames else self._joiner.of_scan(record, now)
+        for one in joined:
+            self._hear(one, message if one is record else one)
+
+    def _hear(self, record: Decoded, message: Message) -> None:
         if isinstance(record, SeriesStart):
             self._turn(self._runs.start(record))
         elif isinstance(record, SeriesEnd):
@@ -162,8 +216,8 @@ class Pipeline:
             self._turn(self._runs.end(record))
         elif isinstance(record, Positions):
             self._locate(record)
-        else:
-            self._enter(record, item.message)
+        elif isinstance(record, Frame):
+            self._enter(record, message)
             self._locate(Positions(record.source, record.series, record.late))
 
     def _locate(self, late: Positions) -> None:

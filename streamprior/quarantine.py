@@ -13,13 +13,17 @@ import structlog
 
 from streamprior.errors import WireError
 from streamprior.records import Frame
-from streamprior.seams import Message
+from streamprior.seams import Document, Message, Parts
 
 log = structlog.get_logger(__name__)
 
 
 MOST_A_SECOND = 10
 """Messages of one reason that are written and logged; a sender that sends nothing but garbage must not hold up the frames between."""
+
+
+_REPR = 100_000
+"""Characters of a document that are kept."""
 
 
 class Quarantine:
@@ -56,12 +60,19 @@ class Quarantine:
             self._folder.mkdir(parents=True, exist_ok=True)
             if isinstance(message, bytes):
                 (self._folder / f"{stem}.message").write_bytes(message[: self._most_bytes // 4])
+            elif isinstance(message, tuple):
+                self._keep_parts(stem, message)
             elif isinstance(message, Frame):
                 np.save(self._folder / f"{stem}.npy", message.counts)
             (self._folder / f"{stem}.txt").write_text(f"{error}\n")
             self._forget()
         except OSError as failure:
             log.warning("quarantine folder cannot be written", folder=str(self._folder), error=str(failure))
+
+    def _keep_parts(self, stem: str, message: Parts | Document) -> None:
+        """The parts of a message one after another, or a document as it prints."""
+        whole = b"".join(part if isinstance(part, bytes) else repr(part)[:_REPR].encode() for part in message)
+        (self._folder / f"{stem}.message").write_bytes(whole[: self._most_bytes // 4])
 
     def _forget(self) -> None:
         files = sorted(self._folder.iterdir())

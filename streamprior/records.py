@@ -27,6 +27,7 @@ class Flag(enum.IntFlag):
     NO_SUPPORT = 8  # the support is empty: nothing to reconstruct, the object is zero
     NOT_REFINED = 16  # refinement was skipped on purpose (settings or overload); the mask is complete
     ABSTAINED = 32  # no prototype is near this frame: it was refined from a flat start, as without a library
+    NO_POSITION = 64  # a position was due and did not come within the bound; a later one is still written into the archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Frame:
     detector_time, received : Unix seconds; the first from the detector's own clock, None where it gives none.
     position : (x, y) of the probe on the sample in metres, sample frame.
     origin : index in the recorded file when the frame is replayed. late : positions of earlier frames that came with this one's message.
+    flags : of `Flag`, what is known before the stages see the frame.
     """
 
     source: str
@@ -97,10 +99,42 @@ class Frame:
     origin: int | None = None
     run: str = ""
     late: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    flags: int = 0
 
     @property
     def nbytes(self) -> int:
         return int(self.counts.nbytes) + 200
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Where the motors of a scan stood: what an event document says. `number` counts the scan's events of one stream from 0.
+
+    scan : uid of the Bluesky run. time : Unix seconds. position : (x, y) of the probe on the sample in metres.
+    """
+
+    source: str
+    scan: str
+    number: int
+    time: float
+    position: tuple[float, float]
+    nbytes: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Exposures:
+    """Which frames of a scan belong to which readings: [first, first + frames) to [number, number + readings), in equal parts.
+
+    What a stream_datum document says. Where a scan has none, frame i belongs to reading i.
+    """
+
+    source: str
+    scan: str
+    first: int
+    frames: int
+    number: int
+    readings: int
+    nbytes: int = 200
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from streamprior.errors import WireError
-from streamprior.records import Batch, Frame, MosaicImage, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
+from streamprior.records import (
+    Batch,
+    Exposures,
+    Frame,
+    MosaicImage,
+    Positions,
+    Reading,
+    Result,
+    RunEnded,
+    RunStarted,
+    SeriesEnd,
+    SeriesStart,
+)
 
-Decoded = SeriesStart | Frame | Positions | SeriesEnd
-Message = bytes | Decoded
-"""What a source hands over: bytes off a wire, or records where there is nothing to decode (files)."""
+Decoded = SeriesStart | Frame | Positions | Reading | Exposures | SeriesEnd
+Parts = tuple[bytes, ...]
+"""A ZMQ message of several parts."""
+Document = tuple[str, Mapping[str, Any]]
+"""(name, document) of Bluesky's event model, from a RunEngine in this process or from a file."""
+Message = bytes | Parts | Document | Decoded
+"""What a source hands over: bytes off a wire, documents, or records where there is nothing to decode (files)."""
 PathItem = RunStarted | Result | Positions | MosaicImage | RunEnded
 
 
@@ -34,9 +50,18 @@ class Source(Protocol):
 
 
 class Decoder(Protocol):
-    """Raw message -> records. Raises WireError for what the sender got wrong, and nothing else."""
+    """Raw messages -> records. What the sender got wrong is a WireError, and nothing else ever is.
 
-    def decode(self, message: Message, received: float) -> Decoded: ...
+    A message may hold no record (a part of a frame) or many (a reference to a file of frames): those are read one by one as they are
+    asked for, so that the pressure of the path reaches the file. A WireError among the records stands for what could not be had; one that
+    is raised refuses the message as a whole.
+    """
+
+    def decode(self, message: Message, received: float) -> Iterable[Decoded | WireError]: ...
+
+    def due(self, now: float) -> Iterable[Decoded | WireError]:
+        """What was held back (for a part that may follow, for a file that is not flushed yet) and is ready, or may wait no longer, at
+        `now`, Unix seconds; infinity: everything. Called some ten times a second."""
 
 
 class Stage(Protocol):

@@ -208,7 +208,7 @@ def receiving() -> Iterator[tuple[str, Callable[[], list[Any]]]]:
             records: list[Any] = []
             while not records or not isinstance(records[-1], SeriesEnd):
                 assert pull.poll(10_000), f"{len(records)} messages, and no end"
-                records.append(decoder.decode(pull.recv(), 0.0))
+                records.append(decoder.decode(pull.recv(), 0.0)[0])
             return records
 
         yield f"tcp://127.0.0.1:{port}", come

@@ -34,7 +34,7 @@ def write(folder: Path, text: str) -> Path:
         ("prior: p.h5\nsource: 5\n", ["source", "found 5"]),
         ("prior: p.h5\nhttp: {port: 70000}\n", ["http.port", "less than or equal to 65535", "found 70000"]),
         ("prior: p.h5\nhttp: {port: web}\n", ["http.port", "integer", "found 'web'"]),
-        ("prior: p.h5\nsource: {kind: serial}\n", ["source.kind", "'dectris_v2' or 'file'", "found 'serial'"]),
+        ("prior: p.h5\nsource: {kind: serial}\n", ["source.kind", "'dectris_v2', 'dectris_v1'", "found 'serial'"]),
         ("prior: p.h5\nprepare: {saturation: -1}\n", ["prepare.saturation", "greater than 0"]),
         ("prior: p.h5\nrefine: {iterations: 0}\ndrift: {limit: 0}\n", ["refine.iterations", "drift.limit"]),
         ("prior: p.h5\nrefine: {enabled: perhaps}\n", ["refine.enabled", "found 'perhaps'"]),

@@ -12,6 +12,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,12 +186,13 @@ def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path)
 
     stuck = Stuck()
     house = House([], [stuck])
-    source = house.path._source = Failing(series(diffraction(count=3))[:-1])
+    source = Failing(series(diffraction(count=3))[:-1])
+    house.path._frames = replace(house.path._frames, source=source)
     config = Config(prior=place / "prior.h5", runs={"drain_s": 0.1})
     idle = SimpleNamespace(warm_up=lambda: None, start=lambda: None, stop=lambda: None, open=lambda: None, url="")
     codes: list[int] = []
     process = threading.Thread(
-        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, house.path, idle, None, idle))), daemon=True
+        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, None, house.path, idle, None, idle))), daemon=True
     )
     process.start()
     process.join(30)

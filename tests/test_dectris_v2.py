@@ -25,7 +25,7 @@ def image(counts: np.ndarray, index: int = 0, **settings) -> bytes:
 
 
 def decoded(message: bytes, **settings):
-    return StreamV2Decoder("eiger", **settings).decode(message, received=1.0)
+    return StreamV2Decoder("eiger", **settings).decode(message, received=1.0)[0]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def decoded(message: bytes, **settings):
 def test_recorded_images_decode(data_folder: Path, folder: str, dtype: str, mean: float) -> None:
     files = sorted((data_folder / "wire" / "dectris_v2" / folder).glob("*.cbor"))
     decoder = StreamV2Decoder("eiger")
-    records = [decoder.decode(file.read_bytes(), received=5.0) for file in files]
+    records = [decoder.decode(file.read_bytes(), received=5.0)[0] for file in files]
     frames, end = records[:-1], records[-1]
     assert isinstance(end, SeriesEnd)
     assert [frame.index for frame in frames] == list(range(len(frames)))
@@ -44,7 +44,7 @@ def test_recorded_images_decode(data_folder: Path, folder: str, dtype: str, mean
     assert frames[0].counts.mean() == pytest.approx(mean, abs=1e-5)
     # A flat illumination: no pixel of threshold_1 stands out, so a wrong decode (a shuffled bit plane) would show.
     assert frames[0].counts.max() <= 2.5 * mean
-    assert frames[0].detector_time == pytest.approx(decoder.decode(files[0].read_bytes(), 5.0).detector_time)
+    assert frames[0].detector_time == pytest.approx(decoder.decode(files[0].read_bytes(), 5.0)[0].detector_time)
     assert datetime.datetime.fromtimestamp(frames[0].detector_time, datetime.UTC).year == 2023
 
 
@@ -159,13 +159,13 @@ def test_an_oversized_message_is_refused_before_it_is_decoded() -> None:
 
 def test_shape_and_dtype_may_not_change_within_a_series() -> None:
     decoder = StreamV2Decoder("eiger")
-    decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0)
+    decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0)[0]
     with pytest.raises(WireError, match="wrong_shape"):
-        decoder.decode(image(np.ones((16, 8), np.uint16)), 0.0)
+        decoder.decode(image(np.ones((16, 8), np.uint16)), 0.0)[0]
     with pytest.raises(WireError, match="wrong_dtype"):
-        decoder.decode(image(np.ones((16, 16), np.uint32)), 0.0)
-    assert decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0).counts.sum() == 256
-    assert decoder.decode(encode_image(8, "S8", 0, np.ones((4, 4), np.uint8), 0.0, DATE), 0.0).counts.sum() == 16
+        decoder.decode(image(np.ones((16, 16), np.uint32)), 0.0)[0]
+    assert decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0)[0].counts.sum() == 256
+    assert decoder.decode(encode_image(8, "S8", 0, np.ones((4, 4), np.uint8), 0.0, DATE), 0.0)[0].counts.sum() == 16
 
 
 GIANT = 2**30_000
@@ -276,7 +276,7 @@ def test_flipped_cut_and_spliced_bytes_raise_nothing_but_wire_errors(kind: str, 
 
 def test_images_of_another_shape_than_announced_do_not_turn_the_series_against_its_good_ones() -> None:
     decoder = StreamV2Decoder("eiger")
-    decoder.decode(encode_start(7, "S7", Detector(shape=(16, 16)), 3, np.dtype(np.uint16), {}), 0.0)
+    decoder.decode(encode_start(7, "S7", Detector(shape=(16, 16)), 3, np.dtype(np.uint16), {}), 0.0)[0]
     with pytest.raises(WireError, match="wrong_shape"):
-        decoder.decode(image(np.ones((16, 8), np.uint16)), 0.0)
-    assert decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0).counts.sum() == 256
+        decoder.decode(image(np.ones((16, 8), np.uint16)), 0.0)[0]
+    assert decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0)[0].counts.sum() == 256

@@ -220,13 +220,13 @@ def test_a_file_source_gives_start_frames_and_end_and_is_then_exhausted(tmp_path
     assert isinstance(start, SeriesStart)
     assert (start.source, start.series, start.expected, start.detector.shape) == ("disk", "run.npy", 3, (5, 4))
     assert end == SeriesEnd("disk", "run.npy")
-    stamped = [AsRead().decode(frame, 77.0) for frame in frames if frame is not None]
+    stamped = [AsRead().decode(frame, 77.0)[0] for frame in frames if frame is not None]
     assert [(one.index, one.origin, one.received) for one in stamped if isinstance(one, Frame)] == [
         (0, 1, 77.0),
         (1, 3, 77.0),
         (2, 5, 77.0),
     ]
-    assert AsRead().decode(start, 77.0) == start
+    assert AsRead().decode(start, 77.0)[0] == start
     assert source.receive(0.1) is None
     source.close()
 

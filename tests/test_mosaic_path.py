@@ -332,8 +332,8 @@ def test_positions_that_are_none_leave_their_frames_out_and_the_others_in(record
 @pytest.mark.parametrize("told", [{"position_m": [None, None]}, {"positions_m": [[0, None, None]]}, {"position_m": ["a", "b"]}])
 def test_a_position_that_is_no_number_is_none_and_costs_no_frame(told: dict[str, Any]) -> None:
     decoder = StreamV2Decoder("eiger")
-    decoder.decode(encode_start(1, "S1", Detector(shape=(4, 4)), 1, np.dtype(np.uint16), {}), 0.0)
-    frame = decoder.decode(encode_image(1, "S1", 0, np.ones((4, 4), np.uint16), 0.0, DATE, user_data=told), 0.0)
+    decoder.decode(encode_start(1, "S1", Detector(shape=(4, 4)), 1, np.dtype(np.uint16), {}), 0.0)[0]
+    frame = decoder.decode(encode_image(1, "S1", 0, np.ones((4, 4), np.uint16), 0.0, DATE, user_data=told), 0.0)[0]
     assert isinstance(frame, Frame)
     assert frame.position is None
     assert not frame.late

@@ -13,13 +13,14 @@ import pytest
 import structlog
 import zmq
 
-from streamprior.config import SourceSettings
+from streamprior.config import PositionSettings, SourceSettings
 from streamprior.crew import Sequencer, ThreadCrew, think
 from streamprior.errors import SinkUnavailable, WireError
+from streamprior.join import Joiner
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
-from streamprior.pipeline import Pipeline
+from streamprior.pipeline import Pipeline, Wire
 from streamprior.prior import Prior
 from streamprior.quarantine import MOST_A_SECOND, Quarantine
 from streamprior.records import Batch, Detector, Flag, Result, RunEnded, RunStarted
@@ -90,8 +91,8 @@ class House:
         self.meters = Meters("eiger", self.recipe.stage_names, [sink.name for sink in sinks], NAMES, self.recipe.signals)
         self.quarantined: list[str] = []
         self.path = Pipeline(
-            Scripted(messages),
-            StreamV2Decoder("eiger", max_message_bytes=100_000),
+            Wire(Scripted(messages), StreamV2Decoder("eiger", max_message_bytes=100_000)),
+            Joiner(PositionSettings(), separate=False),
             Runs(self.ledger.distinct, late_s=0.1, idle_s=60),
             ThreadCrew(self.recipe.stages, self.prior, workers, 4, 2**20, self.meters.stage),
             self.recipe.watches(),
@@ -260,9 +261,9 @@ def test_leaving_before_the_path_is_empty_counts_what_was_left_behind() -> None:
 def test_messages_that_nobody_has_read_yet_are_counted_when_the_path_is_left() -> None:
     house = House(series(diffraction(count=10)), [Kept()])
     for _ in range(6):
-        house.path.receive()
+        house.path.rooms()["receive"]()
     house.path.abandon()
-    house.path.receive()
+    house.path.rooms()["receive"]()
     (account,) = house.ledger.runs()
     assert account["dropped"] == {"path/shutdown": 7}
     assert house.ledger.is_balanced()

@@ -338,7 +338,7 @@ def test_nothing_is_compiled_for_the_first_frame_after_the_warm_up(compression: 
     recipe.warm_up()
     compiled = len(_prepare.signatures)  # type: ignore[attr-defined]
     message = encode_image(1, "S", 0, diffraction()[0], 0.0, datetime.datetime.now(datetime.UTC), compression=compression)
-    frame = StreamV2Decoder("eiger").decode(message, 0.0)
+    frame = StreamV2Decoder("eiger").decode(message, 0.0)[0]
     batch = Batch(make_run(), (frame,))  # type: ignore[arg-type]
     for stage in recipe.stages():
         batch = stage(batch)

@@ -53,7 +53,7 @@ def test_frames_cross_a_real_socket_pixel_for_pixel(name: str) -> None:
         thread = threading.Thread(target=send)
         thread.start()
         decoder = StreamV2Decoder("twin")
-        start, *frames, end = [decoder.decode(pull.recv(), 0.0) for _ in range(17)]
+        start, *frames, end = [decoder.decode(pull.recv(), 0.0)[0] for _ in range(17)]
         thread.join()
     assert isinstance(start, SeriesStart)
     assert isinstance(end, SeriesEnd)
@@ -71,7 +71,7 @@ def test_frames_cross_a_real_socket_pixel_for_pixel(name: str) -> None:
 
 def test_the_detector_clock_runs_at_the_rate() -> None:
     decoder = StreamV2Decoder("twin")
-    times = [decoder.decode(message, 0.0).detector_time for message in itertools.islice(stream(twin(), 200.0, slice(0, None, 3)), 1, 6)]
+    times = [decoder.decode(message, 0.0)[0].detector_time for message in itertools.islice(stream(twin(), 200.0, slice(0, None, 3)), 1, 6)]
     assert np.diff(times) == pytest.approx(0.005, abs=1e-6)
 
 
@@ -110,7 +110,7 @@ def test_prerendered_frames_repeat_and_say_where_they_come_from() -> None:
     np.testing.assert_array_equal(few.frame(6), one.frame(200))
     sender = Collected()
     emit(few, sender, None)
-    frames = [StreamV2Decoder("twin").decode(message, 0.0) for message in sender.messages[1:-1]]
+    frames = [StreamV2Decoder("twin").decode(message, 0.0)[0] for message in sender.messages[1:-1]]
     assert [(frame.index, frame.origin) for frame in frames] == [(index, few.origin(index)) for index in range(10)]
 
 
@@ -144,7 +144,7 @@ def account(messages: list[bytes]) -> tuple[dict[str, int], list[int], list[int]
     hints, order, twice, quarantined = {"start": 0, "end": 0}, [], [], Counter()
     for message in messages:
         try:
-            record = decoder.decode(message, 0.0)
+            record = decoder.decode(message, 0.0)[0]
         except WireError as error:
             quarantined[error.reason] += 1
             continue

@@ -200,7 +200,7 @@ def _struck(message: bytes, kind: str | None, rng: np.random.Generator, oversize
 
 def _rewritten(message: bytes, kind: str) -> bytes:
     """The same image with pixels of another width, or with half its rows."""
-    frame = StreamV2Decoder("faults").decode(message, received=0.0)
+    frame = StreamV2Decoder("faults").decode(message, received=0.0)[0]
     if not isinstance(frame, Frame):
         raise ValueError(f"{kind} strikes an image, this is a {type(frame).__name__}")
     counts = frame.counts

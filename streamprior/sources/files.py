@@ -224,11 +224,12 @@ class FileSource:
 class AsRead:
     """The decoder of a source that has nothing to decode: stamps each frame with the time it was read."""
 
-    def decode(self, message: Message, received: float) -> Decoded:
-        assert not isinstance(message, bytes)
-        if isinstance(message, Frame):
-            return replace(message, received=received)
-        return message
+    def decode(self, message: Message, received: float) -> tuple[Decoded]:
+        assert not isinstance(message, bytes | tuple)
+        return (replace(message, received=received) if isinstance(message, Frame) else message,)
+
+    def due(self, now: float) -> tuple[()]:
+        return ()
 
 
 def _load_npy(path: Path) -> npt.NDArray[Any]:

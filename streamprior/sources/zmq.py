@@ -6,6 +6,7 @@ import zmq
 
 from streamprior.config import SourceSettings
 from streamprior.errors import ConfigError
+from streamprior.seams import Parts
 
 
 class ZmqPull:
@@ -50,15 +51,16 @@ class ZmqPull:
         assert self._socket is not None
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def receive(self, timeout_s: float) -> bytes | None:
+    def receive(self, timeout_s: float) -> bytes | Parts | None:
+        """A message of one part is its bytes, one of several a tuple of them."""
         assert self._socket is not None
         try:
-            return self._socket.recv(zmq.NOBLOCK)
+            parts = self._socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
-            pass
-        if not self._socket.poll(round(timeout_s * 1000)):
-            return None
-        return self._socket.recv()
+            if not self._socket.poll(round(timeout_s * 1000)):
+                return None
+            parts = self._socket.recv_multipart()
+        return parts[0] if len(parts) == 1 else tuple(parts)
 
     def close(self) -> None:
         if self._socket is not None and self._context is not None:

@@ -77,9 +77,17 @@ class StreamV2Decoder:
         self._like: tuple[tuple[int, ...], np.dtype[Any]] | None = None  # shape and dtype of the series' first image
         self._announced: tuple[int, int] | None = None  # shape in the series' start message
 
-    def decode(self, message: Message, received: float) -> SeriesStart | Frame | SeriesEnd:
-        """One message; `received` in Unix seconds. Raises WireError and nothing else."""
-        assert isinstance(message, bytes)
+    def decode(self, message: Message, received: float) -> tuple[SeriesStart | Frame | SeriesEnd]:
+        """One message, one record; `received` in Unix seconds. Raises WireError and nothing else."""
+        return (self._decoded(message, received),)
+
+    def due(self, now: float) -> tuple[()]:
+        """Nothing is ever held back."""
+        return ()
+
+    def _decoded(self, message: Message, received: float) -> SeriesStart | Frame | SeriesEnd:
+        if not isinstance(message, bytes):
+            raise WireError("not_stream_v2", f"{len(message) if isinstance(message, tuple) else 0} parts; stream V2 sends one a message")
         if len(message) > self._max_message_bytes:
             raise WireError("too_large", f"{len(message)} bytes, the limit is {self._max_message_bytes}")
         try:
