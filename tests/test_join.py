@@ -1,0 +1,235 @@
+"""Frames and readings are joined whichever comes first, by number or by time, and nothing waits longer than it may."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamprior.config import PositionSettings
+from streamprior.join import Joiner
+from streamprior.records import Detector, Exposures, Flag, Frame, Positions, Reading, SeriesEnd, SeriesStart
+from streamprior.seams import Decoded
+
+COUNTS = np.zeros((4, 4), np.uint16)
+
+
+def frame(index: int, series: str = "S1", at: float = 0.0, **more: Any) -> Frame:
+    return Frame("eiger", series, index, COUNTS, received=at, **more)
+
+
+def start(series: str = "S1", **metadata: Any) -> SeriesStart:
+    return SeriesStart("eiger", series, None, Detector(), metadata)
+
+
+def reading(number: int, scan: str = "scan-1", at: float = 0.0) -> Reading:
+    return Reading("documents", scan, number, at, (number * 1e-6, -number * 1e-6))
+
+
+def joiner(separate: bool = True, **settings: Any) -> Joiner:
+    return Joiner(PositionSettings(x="motor_x", y="motor_y", **settings), separate)
+
+
+def frames_of(records: list[Decoded]) -> list[tuple[int, tuple[float, float] | None, int]]:
+    return [(one.index, one.position, one.flags) for one in records if isinstance(one, Frame)]
+
+
+def scan_started(house: Joiner, uid: str = "scan-1", now: float = 0.0, **metadata: Any) -> None:
+    assert not list(house.of_scan(SeriesStart("documents", uid, None, Detector(), metadata), now))
+
+
+def test_without_a_motor_named_everything_goes_through_untouched() -> None:
+    house = Joiner(PositionSettings(), separate=False)
+    records = [start(), frame(0), SeriesEnd("eiger", "S1")]
+    assert [one for record in records for one in house.of_frames(record, 0.0)] == records
+
+
+@pytest.mark.parametrize("readings_first", [True, False])
+def test_a_frame_gets_its_position_whichever_comes_first(readings_first: bool) -> None:
+    house = joiner()
+    scan_started(house)
+    out: list[Decoded] = []
+    steps = [("reading", n) for n in range(3)], [("frame", n) for n in range(3)]
+    for kind, n in (steps[0] + steps[1]) if readings_first else (steps[1] + steps[0]):
+        out += house.of_scan(reading(n), 0.1) if kind == "reading" else house.of_frames(frame(n), 0.1)
+    assert frames_of(out) == [(n, (n * 1e-6, -n * 1e-6), 0) for n in range(3)]
+    assert house.nbytes == 0
+
+
+def test_a_frame_whose_position_never_comes_goes_on_flagged_after_the_wait_and_not_before() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    assert not list(house.of_frames(frame(0), now=10.0))
+    assert house.nbytes > 0
+    assert not list(house.due(10.9))
+    (gone,) = house.due(11.0)
+    assert isinstance(gone, Frame)
+    assert (gone.position, gone.flags) == (None, Flag.NO_POSITION)
+
+
+def test_a_position_that_comes_after_the_wait_is_told_of_its_frame() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    list(house.of_frames(frame(0), now=0.0))
+    list(house.due(2.0))
+    assert list(house.of_scan(reading(0), 3.0)) == [Positions("", "S1", {0: (0.0, -0.0)})]
+
+
+def test_order_is_kept_behind_a_frame_that_waits() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    out = list(house.of_scan(reading(1), 0.0))
+    for record in (start(), frame(0), frame(1), SeriesEnd("eiger", "S1")):
+        out += house.of_frames(record, 0.0)
+    assert [type(one) for one in out] == [SeriesStart]
+    out += house.due(1.0)
+    assert [type(one).__name__ for one in out] == ["SeriesStart", "Frame", "Frame", "SeriesEnd"]
+    assert [position for _, position, _ in frames_of(out)] == [None, (1e-6, -1e-6)]
+
+
+def test_a_frame_that_brought_its_position_keeps_it() -> None:
+    house = joiner()
+    scan_started(house)
+    list(house.of_scan(reading(0), 0.0))
+    (out,) = house.of_frames(frame(0, position=(5.0, 6.0)), 0.0)
+    assert isinstance(out, Frame)
+    assert out.position == (5.0, 6.0)
+
+
+def test_what_waits_is_bounded_in_bytes_and_the_oldest_goes_on_without() -> None:
+    house = joiner(hold_mb=1, wait_s=1000.0)
+    scan_started(house)
+    big = np.zeros((512, 512), np.uint16)  # half a MiB
+    out = [one for n in range(4) for one in house.of_frames(Frame("eiger", "S1", n, big, received=0.0), 0.0)]
+    assert [(index, flags) for index, _, flags in frames_of(out)] == [(n, Flag.NO_POSITION) for n in range(3)]
+    assert house.nbytes <= 2**20
+
+
+def test_everything_goes_on_when_the_path_ends() -> None:
+    house = joiner(wait_s=1000.0)
+    list(house.of_frames(start(), 0.0))
+    list(house.of_frames(frame(0), 0.0))
+    assert len(list(house.due(math.inf))) == 2
+
+
+def test_documents_that_name_the_frames_of_a_reading_are_believed_rather_than_the_count() -> None:
+    # Frame 1 was exposed twice: the plan was paused and went back to its checkpoint.
+    house = joiner()
+    scan_started(house)
+    for first, number in ((0, 0), (2, 1), (3, 2)):
+        list(house.of_scan(Exposures("documents", "scan-1", first, 1, number, 1), 0.0))
+        list(house.of_scan(reading(number), 0.0))
+    out = [one for n in range(4) for one in house.of_frames(frame(n), 0.0)]
+    out += house.due(math.inf)
+    assert [position and position[0] for _, position, _ in frames_of(out)] == [0.0, None, 1e-6, 2e-6]
+
+
+def test_several_frames_of_one_reading_share_its_position() -> None:
+    house = joiner()
+    scan_started(house)
+    list(house.of_scan(Exposures("documents", "scan-1", 0, 6, 0, 2), 0.0))
+    for n in (0, 1):
+        list(house.of_scan(reading(n), 0.0))
+    out = [one for n in range(6) for one in house.of_frames(frame(n), 0.0)]
+    assert [position and position[0] for _, position, _ in frames_of(out)] == [0.0] * 3 + [1e-6] * 3
+
+
+def test_a_series_waits_for_the_scan_that_it_belongs_to_and_takes_its_start_document_along() -> None:
+    house = joiner(wait_s=1.0)
+    assert not list(house.of_frames(start(series_id=1), 0.0))
+    (out,) = house.of_scan(SeriesStart("documents", "scan-1", None, Detector(), {"start": {"uid": "scan-1"}}), 0.3)
+    assert isinstance(out, SeriesStart)
+    assert out.metadata == {"series_id": 1, "start": {"uid": "scan-1"}}
+
+
+def test_a_series_without_any_scan_goes_on_after_the_wait() -> None:
+    house = joiner(wait_s=1.0)
+    assert not list(house.of_frames(start(), 0.0))
+    assert [type(one) for one in house.due(1.0)] == [SeriesStart]
+
+
+def test_each_series_has_a_scan_of_its_own_even_where_the_one_before_is_not_over() -> None:
+    house = joiner(wait_s=1.0)
+    out: list[Decoded] = []
+    for n in (1, 2):
+        scan_started(house, f"scan-{n}", now=10.0 * n)
+        list(house.of_scan(Reading("documents", f"scan-{n}", 0, 0.0, (float(n), 0.0)), 10.0 * n))
+        out += house.of_frames(frame(0, f"S{n}"), 10.0 * n)
+    assert [position for _, position, _ in frames_of(out)] == [(1.0, 0.0), (2.0, 0.0)]
+
+
+def test_a_scan_that_begins_long_after_a_series_is_not_taken_for_it() -> None:
+    house = joiner(wait_s=1.0)
+    list(house.of_frames(frame(0), 0.0))
+    out = list(house.of_scan(SeriesStart("documents", "scan-1", None, Detector()), 50.0))
+    assert not list(house.of_scan(reading(0), 50.0))
+    assert [position for _, position, _ in frames_of(out)] == [None]
+
+
+def test_a_scan_without_frames_does_not_take_those_of_the_next() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house, "alignment", now=0.0)
+    list(house.of_scan(SeriesEnd("documents", "alignment"), 1.0))
+    scan_started(house, "scan-1", now=2.0)
+    list(house.of_scan(reading(0), 2.0))
+    (out,) = house.of_frames(frame(0), 2.1)
+    assert isinstance(out, Frame)
+    assert out.position == (0.0, -0.0)
+
+
+def test_a_late_subscriber_that_missed_the_start_still_joins_what_it_hears() -> None:
+    house = joiner()
+    list(house.of_scan(reading(7), 0.0))
+    (out,) = house.of_frames(frame(7), 0.0)
+    assert isinstance(out, Frame)
+    assert out.position == (7e-6, -7e-6)
+
+
+def test_frames_out_of_documents_belong_to_the_scan_of_their_own_name() -> None:
+    house = joiner(separate=False)
+    out: list[Decoded] = []
+    for record in (start("scan-1", start={"uid": "scan-1"}), reading(0), frame(0, "scan-1"), SeriesEnd("documents", "scan-1")):
+        out += house.of_frames(record, 0.0)
+    assert [type(one).__name__ for one in out] == ["SeriesStart", "Frame", "SeriesEnd"]
+    assert frames_of(out) == [(0, (0.0, -0.0), 0)]
+
+
+def by_time(**settings: Any) -> Joiner:
+    house = joiner(join="time", **settings)
+    scan_started(house)
+    return house
+
+
+def test_joined_by_time_a_frame_between_two_readings_is_between_them() -> None:
+    house = by_time()
+    out = list(house.of_scan(reading(0, at=100.0), 100.0))
+    out += house.of_frames(frame(0, at=100.1), 100.1)
+    assert not out
+    out += house.of_scan(reading(1, at=100.4), 100.4)
+    ((_, position, _),) = frames_of(out)
+    assert position == pytest.approx((0.25e-6, -0.25e-6))
+
+
+def test_joined_by_time_the_nearest_reading_counts_when_no_later_one_comes() -> None:
+    house = by_time(wait_s=1.0)
+    list(house.of_scan(reading(3, at=100.0), 100.0))
+    assert not list(house.of_frames(frame(0, at=100.3), 100.3))
+    assert frames_of(list(house.due(101.3))) == [(0, (3e-6, -3e-6), 0)]
+
+
+def test_joined_by_time_a_reading_too_far_away_counts_as_none() -> None:
+    house = by_time(wait_s=1.0, near_s=0.5)
+    list(house.of_scan(reading(3, at=100.0), 100.0))
+    list(house.of_frames(frame(0, at=102.0), 102.0))
+    assert frames_of(list(house.due(103.0))) == [(0, None, Flag.NO_POSITION)]
+
+
+def test_joined_by_time_a_detector_clock_that_is_years_off_is_not_believed() -> None:
+    house = by_time()
+    for n, at in ((0, 100.0), (1, 100.4)):
+        list(house.of_scan(reading(n, at=at), at))
+    (out,) = house.of_frames(frame(0, at=100.2, detector_time=3e8), 100.5)
+    assert isinstance(out, Frame)
+    assert out.position == pytest.approx((0.5e-6, -0.5e-6))
