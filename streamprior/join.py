@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +16,13 @@ from streamprior.seams import Decoded
 _SCANS = 4
 """Scans remembered: the one that runs, the next one that begins before its frames are through, and some that never had frames."""
 
-_READINGS = 1_000_000
-"""Readings of one scan that are kept, the newest: 100 MB, and a scan of as many points takes days."""
+_READINGS = 200_000
+"""Readings of one scan that are kept, the newest: 50 MB."""
 
 _CLOCK_S = 3600.0
 """A detector's clock that is off by more than this is not believed."""
 
-_LATE = 100_000
+_LATE = 10_000
 """Frames that went on without their position and may still get it."""
 
 
@@ -130,8 +130,7 @@ class Joiner:
         if scan is None:  # a late subscriber misses the beginning
             scan = self._scans[record.scan] = _Scan(record.scan, -math.inf, {})
         if isinstance(record, Exposures):
-            scan.numbered = True
-            bisect.insort(scan.exposures, record, key=lambda one: one.first)
+            _add_exposures(scan, record)
         elif self._settings.join == "number":
             scan.by_number[record.number] = record.position
             if len(scan.by_number) > _READINGS:
@@ -142,17 +141,34 @@ class Joiner:
             scan.places.insert(at, record.position)
             if len(scan.times) > _READINGS:
                 del scan.times[0], scan.places[0]
-        yield from self._caught_up(scan)
+        if self._missed:
+            yield from self._caught_up(scan, record)
 
-    def _caught_up(self, scan: _Scan) -> Iterator[Positions]:
+    def _caught_up(self, scan: _Scan, record: Reading | Exposures) -> Iterator[Positions]:
         found: dict[int, tuple[float, float]] = {}
-        for index, (series, at) in self._missed.items():
+        for index in self._touched(scan, record):
+            series, at = self._missed.get(index, ("", 0.0))
             if series == scan.taken and (place := self._place(scan, index, at, False)) is not None:
                 found[index] = place
         for index in found:
             del self._missed[index]
         if found:
             yield Positions("", scan.taken, found)
+
+    def _touched(self, scan: _Scan, record: Reading | Exposures) -> Sequence[int]:
+        """Frames whose position this record may tell."""
+        if isinstance(record, Exposures):
+            return range(record.first, record.first + record.frames)
+        if self._settings.join == "time":
+            return list(self._missed)
+        if not scan.numbered:
+            return (record.number,)
+        known = bisect.bisect(scan.exposures, record.number, key=lambda one: one.number) - 1
+        if known < 0:
+            return ()
+        one = scan.exposures[known]
+        each = one.frames // one.readings
+        return range(one.first + (record.number - one.number) * each, one.first + (record.number - one.number + 1) * each)
 
     def _joined(self, head: _Held, late: bool) -> SeriesStart | Frame | Positions | SeriesEnd | None:
         """The record as it may go on; None where it should wait."""
@@ -226,3 +242,15 @@ class Joiner:
         if not sides or (after == len(scan.times) and not late and not scan.over):
             return None
         return scan.places[sides[0]]
+
+
+def _add_exposures(scan: _Scan, new: Exposures) -> None:
+    """In the order of their frames; what goes on where the last one ended makes it longer, as a scan has one document a point."""
+    scan.numbered = True
+    last = scan.exposures[-1] if scan.exposures else None
+    follows = last is not None and (new.first, new.number) == (last.first + last.frames, last.number + last.readings)
+    if last is not None and follows and new.frames * last.readings == last.frames * new.readings:
+        scan.exposures[-1] = replace(last, frames=last.frames + new.frames, readings=last.readings + new.readings)
+    else:
+        bisect.insort(scan.exposures, new, key=lambda one: one.first)
+        del scan.exposures[:-_READINGS]

@@ -233,3 +233,22 @@ def test_joined_by_time_a_detector_clock_that_is_years_off_is_not_believed() -> 
     (out,) = house.of_frames(frame(0, at=100.2, detector_time=3e8), 100.5)
     assert isinstance(out, Frame)
     assert out.position == pytest.approx((0.5e-6, -0.5e-6))
+
+
+def test_joined_by_time_a_late_reading_still_tells_of_frames_that_went_on() -> None:
+    house = by_time(wait_s=1.0)
+    list(house.of_frames(frame(0, at=100.0), 100.0))
+    list(house.due(101.0))
+    assert list(house.of_scan(reading(5, at=100.0), 102.0)) == [Positions("", "S1", {0: (5e-6, -5e-6)})]
+
+
+def test_documents_that_name_frames_tell_late_positions_of_the_right_ones() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    for n in range(4):
+        list(house.of_frames(frame(n), 0.0))
+    list(house.due(1.0))
+    list(house.of_scan(Exposures("documents", "scan-1", 0, 1, 0, 1), 2.0))
+    list(house.of_scan(Exposures("documents", "scan-1", 2, 2, 1, 2), 2.0))  # frame 1 was exposed for nothing
+    told = [one for n in range(3) for one in house.of_scan(reading(n), 2.0)]
+    assert told == [Positions("", "S1", {index: (n * 1e-6, -n * 1e-6)}) for n, index in enumerate((0, 2, 3))]
