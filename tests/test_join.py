@@ -239,7 +239,7 @@ def test_joined_by_time_a_late_reading_still_tells_of_frames_that_went_on() -> N
     house = by_time(wait_s=1.0)
     list(house.of_frames(frame(0, at=100.0), 100.0))
     list(house.due(101.0))
-    assert list(house.of_scan(reading(5, at=100.0), 102.0)) == [Positions("", "S1", {0: (5e-6, -5e-6)})]
+    assert list(house.of_scan(reading(1, at=100.0), 102.0)) == [Positions("", "S1", {0: (1e-6, -1e-6)})]
 
 
 def test_documents_that_name_frames_tell_late_positions_of_the_right_ones() -> None:
