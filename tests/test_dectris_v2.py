@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import cbor2
 import numpy as np
@@ -13,9 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamprior.errors import WireError
-from streamprior.records import Detector, Frame, SeriesEnd, SeriesStart
+from streamprior.ledger import Ledger
+from streamprior.records import Batch, Detector, Flag, Frame, SeriesEnd, SeriesStart
+from streamprior.runs import Runs
+from streamprior.stages.prepare import Preparer
+from streamprior.wire import compression
+from streamprior.wire.cbor import MAX_DEPTH, MAX_ITEMS, check
 from streamprior.wire.compression import compress, decompress
-from streamprior.wire.dectris_v2 import StreamV2Decoder, encode_end, encode_image, encode_start
+from streamprior.wire.dectris_v2 import DTYPES, StreamV2Decoder, encode_end, encode_image, encode_start
+from tests.builders import small_prior
 
 DATE = datetime.datetime(2026, 3, 1, 12, 0, 0, tzinfo=datetime.UTC)
 
@@ -64,6 +75,12 @@ def test_recorded_start_message_with_stub_mask(data_folder: Path) -> None:
     assert start.detector.energy_ev == pytest.approx(13500.3, abs=0.1)
     assert start.detector.distance_m == pytest.approx(0.23716, abs=1e-4)
     assert start.detector.mask is None
+    assert start.detector.flat is None
+    assert start.detector.saturation == 21517
+    assert start.detector.beam_centre == pytest.approx((2163.62, 2049.38), abs=0.01)
+    assert (start.detector.pixel_m, start.detector.frame_time_s) == (7.5e-5, pytest.approx(4.31757e-3, abs=1e-8))
+    end = decoded((data_folder / "wire/dectris_v2/eiger2_16m/end.cbor").read_bytes())
+    assert end == SeriesEnd("eiger", start.series)
 
 
 def test_recorded_blobs_are_encoded_to_the_same_bytes(data_folder: Path) -> None:
@@ -74,7 +91,7 @@ def test_recorded_blobs_are_encoded_to_the_same_bytes(data_folder: Path) -> None
 
 
 @pytest.mark.parametrize("compression", ["bslz4", "lz4", None])
-@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "f4"])
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i4", "f4"])
 @pytest.mark.parametrize("shape", [(128, 128), (104, 104), (3, 5), (67, 129)])
 def test_round_trip(compression: str | None, dtype: str, shape: tuple[int, int]) -> None:
     counts = np.random.default_rng(0).poisson(3, shape).astype(dtype)
@@ -112,9 +129,13 @@ def bad_messages() -> list[tuple[str, str, bytes]]:
 
     blob = compress("bslz4", np.ones((16, 16), np.uint16))
     forged = (100 * 2**30).to_bytes(8, "big") + blob[8:]
+    tiny = (2**22).to_bytes(8, "big") + (8).to_bytes(4, "big") + bytes(2**18)
+    odd = (512).to_bytes(8, "big") + (17).to_bytes(4, "big") + blob[12:]
+    much = (2**28).to_bytes(8, "big") + (2**28).to_bytes(4, "big") + (4).to_bytes(4, "big") + b"abcd"
     return [
         ("garbage", "not_cbor", b"\xff" * 100),
         ("empty", "not_cbor", b""),
+        ("two messages in one", "not_cbor", good + good),
         ("text", "not_stream_v2", cbor2.dumps("hello")),
         ("list", "not_stream_v2", cbor2.dumps([1, 2])),
         ("unknown type", "not_stream_v2", with_(type="picture")),
@@ -131,7 +152,7 @@ def bad_messages() -> list[tuple[str, str, bytes]]:
         ("shape is negative", "wrong_shape", with_(data=pixels(69, b"12" * 256, (-16, -16)))),
         ("shape is huge", "wrong_shape", with_(data=pixels(69, b"12" * 256, (2**31, 2**31)))),
         ("plain bytes too short", "wrong_shape", with_(data=pixels(69, b"12" * 255))),
-        ("unknown dtype", "wrong_dtype", with_(data=pixels(99, b"12" * 256))),
+        ("half precision", "wrong_dtype", with_(data=pixels(84, b"12" * 256))),
         ("truncated blob", "bad_compression", with_(data=pixels(69, cbor2.CBORTag(56500, ["bslz4", 2, blob[:-3]])))),
         ("blob of 4 bytes", "bad_compression", with_(data=pixels(69, cbor2.CBORTag(56500, ["bslz4", 2, b"1234"])))),
         ("blob claims 100 GB", "bad_compression", with_(data=pixels(69, cbor2.CBORTag(56500, ["bslz4", 2, forged])))),
@@ -139,6 +160,9 @@ def bad_messages() -> list[tuple[str, str, bytes]]:
         ("unknown algorithm", "bad_compression", with_(data=pixels(69, cbor2.CBORTag(56500, ["zip", 2, blob])))),
         ("blob is text", "bad_compression", with_(data=pixels(69, cbor2.CBORTag(56500, ["bslz4", 2, "blob"])))),
         ("compression of two", "wrong_type", with_(data=pixels(69, cbor2.CBORTag(56500, ["bslz4", blob])))),
+        ("blocks of 8 bytes", "bad_compression", with_(data=pixels(64, cbor2.CBORTag(56500, ["bslz4", 1, tiny]), (2048, 2048)))),
+        ("blocks of half a pixel", "bad_compression", with_(data=pixels(69, cbor2.CBORTag(56500, ["bslz4", 2, odd])))),
+        ("a few bytes for 256 MB", "bad_compression", with_(data=pixels(64, cbor2.CBORTag(56500, ["lz4", 0, much]), (2**14, 2**14)))),
         ("time without denominator", "wrong_type", with_(start_time=[1])),
         ("time over zero", "wrong_type", with_(start_time=[1, 0])),
     ]
@@ -182,6 +206,7 @@ def hostile_starts() -> list[tuple[str, str, bytes]]:
     for _ in range(40):
         doubled = [doubled, doubled]
     shared = [cbor2.dumps({"type": "start", "series_id": 7, "user_data": {"a": value}}, value_sharing=True) for value in (endless, doubled)]
+    long = b"\xc2\x5a" + (400_000).to_bytes(4, "big") + b"\x7f" * 400_000
     named_twice = cbor2.dumps({"type": "start", "series_id": 7, "user_data": {"a": ["much text"] * 2}}, string_referencing=True)
     return [
         ("giant number of images", "wrong_type", start(number_of_images=-GIANT)),
@@ -205,6 +230,17 @@ def hostile_starts() -> list[tuple[str, str, bytes]]:
         ("mail", "not_cbor", start(user_data={"a": cbor2.CBORTag(36, "Subject: x")})),
         ("keys that are no text", "not_cbor", start(user_data={1: 2})),
         ("deep", "not_cbor", b"\x81" * 300 + b"\x00"),
+        ("deep in tags", "not_cbor", b"\xd9\xd9\xf7" * 300 + b"\x00"),
+        # A ratio is reduced, a decimal made exact, in quadratic time: 14 s for these.
+        ("ratio of long integers", "not_cbor", b"\xd8\x1e\x82" + 2 * long),
+        ("decimal of a long integer", "not_cbor", b"\xc4\x82\x01" + long),
+        ("a million empty maps", "not_cbor", b"\x9a\x00\x0f\x42\x40" + b"\xa0" * 1_000_000),
+        ("endless empty maps", "not_cbor", b"\x9f" + b"\xa0" * 1_000_000 + b"\xff"),
+        ("endless within endless", "not_cbor", b"\x9f" * 39 + b"\x00" * 1_000_000),
+        ("endless text", "not_cbor", b"\x7f" + b"\x61a" * 1_000_000 + b"\xff"),
+        ("long text", "not_cbor", start(user_data={"a": "\N{BLUE HEART}" + "a" * 10_000_000})),
+        ("half a map", "not_cbor", b"\xbf\x61a\xff"),
+        ("a break without a beginning", "not_cbor", b"\x82\x01\xff"),
     ]
 
 
@@ -280,3 +316,214 @@ def test_images_of_another_shape_than_announced_do_not_turn_the_series_against_i
     with pytest.raises(WireError, match="wrong_shape"):
         decoder.decode(image(np.ones((16, 8), np.uint16)), 0.0)[0]
     assert decoder.decode(image(np.ones((16, 16), np.uint16)), 0.0)[0].counts.sum() == 256
+
+
+def channels(**planes: Any) -> bytes:
+    """An image of several channels; a plane is an array, or whatever stands in its place."""
+    item = dict(cbor2.loads(image(np.ones((4, 4), np.uint16))))
+    data = {
+        name: cbor2.loads(image(plane))["data"]["threshold_1"] if isinstance(plane, np.ndarray) else plane for name, plane in planes.items()
+    }
+    return cbor2.dumps(item | {"data": data})
+
+
+def test_one_channel_is_read_and_the_others_are_left_as_they_are() -> None:
+    low, high = np.full((16, 16), 3, np.uint16), np.full((16, 16), 2, np.uint16)
+    damaged = cbor2.CBORTag(40, [[16, 16], cbor2.CBORTag(69, cbor2.CBORTag(56500, ["bslz4", 2, b"no such thing"]))])
+    message = channels(threshold_1=low, threshold_2=high, difference=damaged)
+    np.testing.assert_array_equal(decoded(message).counts, low)
+    np.testing.assert_array_equal(decoded(message, channel="threshold_2").counts, high)
+    with pytest.raises(WireError, match="bad_compression"):
+        decoded(message, channel="difference")
+    with pytest.raises(WireError, match=r"no_channel.*difference"):
+        decoded(channels(difference=low))
+
+
+def test_planes_of_the_start_message_are_those_of_the_channel() -> None:
+    detector = Detector((4, 4), np.eye(4, dtype=bool), np.full((4, 4), 2, np.float32))
+    message = encode_start(7, "S7", detector, 1, np.dtype("u2"), {}, channel="threshold_2")
+    assert decoded(message).detector.mask is None
+    other = decoded(message, channel="threshold_2").detector
+    np.testing.assert_array_equal(other.mask, detector.mask)
+    np.testing.assert_array_equal(other.flat, detector.flat)
+
+
+def test_mask_flat_field_and_saturation_of_a_start_message_change_what_prepare_does() -> None:
+    prior = small_prior()
+    mask, flat = np.zeros((32, 32), bool), np.full((32, 32), 2, np.float32)
+    mask[4, 5], flat[7] = True, 0.5
+    counts = np.full((32, 32), 10, np.uint16)
+    counts[20, 21] = 900
+
+    def photons(detector: Detector) -> Any:
+        decoder, runs = StreamV2Decoder("eiger"), Runs(Ledger([]).distinct, late_s=1, idle_s=60)
+        (start,) = decoder.decode(encode_start(7, "S7", detector, 1, counts.dtype, {}), 0.0)
+        (frame,) = decoder.decode(image(counts), 0.0)
+        (run,) = runs.start(start)
+        return Preparer(prior)(Batch(run, (frame,))).photons
+
+    plain, told = photons(Detector((32, 32))), photons(Detector((32, 32), mask, flat, 900.0))
+    assert plain.valid.all()
+    assert (plain.counts[0][counts == 10] == 10).all()
+    assert sorted(map(tuple, np.argwhere(~told.valid[0]))) == [(4, 5), (20, 21)]
+    assert told.flags[0] & Flag.SATURATED
+    assert (told.counts[0, 7] == 5).all()
+    assert (told.counts[0, 8:] == 20).all()
+
+
+@pytest.mark.parametrize(
+    ("start_time", "series_date", "expected"),
+    [
+        ([1, 4], DATE, 0.25),
+        ([10**40, 4 * 10**40], DATE, 0.25),
+        ([-1, 2], DATE, -0.5),
+        ([3.0, 2], DATE, 1.5),
+        ([0, 50_000_000], cbor2.CBORTag(1, int(DATE.timestamp())), 0.0),
+        ([1, 2], cbor2.CBORTag(1, DATE.timestamp() + 0.5), 1.0),
+        ([1, 2], cbor2.CBORTag(0, "2026-03-01T13:00:00.000000+01:00"), 0.5),
+        ([10**400, 1], DATE, None),
+        ([1, 2], "yesterday", None),
+        (7, DATE, None),
+    ],
+)
+def test_rational_times_count_from_the_date_of_the_series(start_time: Any, series_date: Any, expected: float | None) -> None:
+    item = dict(cbor2.loads(image(np.ones((4, 4), np.uint8)))) | {"start_time": start_time, "series_date": series_date}
+    message = cbor2.dumps(item)
+    if start_time == [10**400, 1]:
+        with pytest.raises(WireError, match="wrong_type"):
+            decoded(message)
+    elif expected is None:
+        assert decoded(message).detector_time is None
+    else:
+        assert decoded(message).detector_time == pytest.approx(DATE.timestamp() + expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("tag", sorted(DTYPES))
+@pytest.mark.parametrize("algorithm", ["bslz4", "lz4", None])
+def test_every_typed_array_is_read_in_the_machines_order_and_real_numbers_as_float32(tag: int, algorithm: str | None) -> None:
+    dtype = DTYPES[tag]
+    counts = np.random.default_rng(tag).poisson(40, (9, 13)).astype(dtype)
+    payload = counts.tobytes() if algorithm is None else cbor2.CBORTag(56500, [algorithm, dtype.itemsize, compress(algorithm, counts)])
+    frame = decoded(channels(threshold_1=cbor2.CBORTag(40, [[9, 13], cbor2.CBORTag(tag, payload)])))
+    assert frame.counts.dtype.isnative
+    assert frame.counts.dtype == (np.float32 if dtype.kind == "f" else dtype.newbyteorder("="))
+    np.testing.assert_array_equal(frame.counts, counts)
+
+
+def test_a_count_beyond_float32_is_a_pixel_that_was_not_measured() -> None:
+    counts = np.ones((4, 4))
+    counts[1, 1] = 1e300
+    assert np.isinf(decoded(image(counts)).counts[1, 1])
+
+
+def test_what_a_start_message_does_not_know_is_not_made_up() -> None:
+    nothing = {"saturation_value": True, "incident_energy": 0.0, "pixel_size_x": -1.0, "image_size_x": 0, "image_size_y": GIANT}
+    start = decoded(cbor2.dumps({"type": "start", "series_id": 7, **nothing}))
+    assert start.detector == Detector()
+    wave = decoded(cbor2.dumps({"type": "start", "series_id": 7, "incident_wavelength": 0.918381073013}))
+    assert wave.detector.energy_ev == pytest.approx(13500.3, abs=0.1)
+
+
+def test_images_are_read_without_a_start_and_the_next_series_without_an_end() -> None:
+    decoder = StreamV2Decoder("eiger")
+    for series in (7, 8):
+        for index in range(2):
+            counts = np.full((8, 8 * series), index, np.uint16)
+            (frame,) = decoder.decode(encode_image(series, f"S{series}", index, counts, 0.0, DATE), 0.0)
+            assert (frame.series, frame.index, frame.counts.shape) == (f"S{series}", index, counts.shape)
+    assert decoder.decode(encode_end(8, "S8"), 0.0) == (SeriesEnd("eiger", "S8"),)
+
+
+def test_without_the_compiled_unpacker_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = np.random.default_rng(0).poisson(3, (67, 129)).astype(np.uint16)
+    message = image(counts)
+    np.testing.assert_array_equal(decoded(message).counts, counts)
+    monkeypatch.setattr(compression, "_unpack_bslz4", None)
+    np.testing.assert_array_equal(decoded(message).counts, counts)
+
+
+plain_items = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.datetimes(timezones=st.just(datetime.UTC)),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(plain_items)
+@settings(max_examples=300, deadline=None)
+def test_the_walk_over_a_message_ends_where_the_parser_does(item: Any) -> None:
+    message = cbor2.dumps(item, timezone=datetime.UTC)
+    check(message)
+    for damaged in (message[:-1], message + b"\x00"):
+        with pytest.raises(WireError, match="not_cbor"):
+            check(damaged)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=2000, deadline=None)
+def test_what_the_walk_refuses_as_cut_short_the_parser_never_reads(message: bytes) -> None:
+    try:
+        check(message)
+    except WireError as error:
+        if "end too early" in error.detail:
+            with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the parser says
+                cbor2.loads(message)
+
+
+def test_endless_containers_and_strings_are_read_within_the_same_bounds() -> None:
+    parts = b"\xbf\x64type\x7f\x62en\x61d\xff\x69series_id\x07\x69user_data\xbf\x61a\x9f\x01\x02\xff\xff\xff"
+    assert decoded(parts) == SeriesEnd("eiger", "7")
+    check(b"\x9f" + b"\x00" * (MAX_ITEMS - 10) + b"\xff")
+    check(b"\x81" * MAX_DEPTH + b"\x00")
+
+
+def test_a_hostile_message_takes_no_memory_to_speak_of() -> None:
+    messages = [message for _, _, message in hostile_starts()]
+    decoder = StreamV2Decoder("eiger")
+    tracemalloc.start()
+    try:
+        for message in messages:
+            with pytest.raises(WireError):
+                decoder.decode(message, 0.0)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_arrays_in_user_data_are_named_and_not_spelled_out() -> None:
+    start = decoded(cbor2.dumps({"type": "start", "series_id": 7, "user_data": {"a": bytes(10_000_000), "date": DATE}}))
+    assert start.metadata["user_data"] == {"a": "of type bytes", "date": str(DATE)}
+
+
+@pytest.fixture
+def other_cbor2() -> dict[str, str]:
+    """Environment of a Python that imports cbor2 5."""
+    folder = os.environ.get("STREAMPRIOR_CBOR2_5", "")
+    if not Path(folder, "cbor2").is_dir():
+        pytest.skip("no cbor2 5: pip install --target FOLDER 'cbor2<6', and set STREAMPRIOR_CBOR2_5 to the folder")
+    # Without the variable this test is skipped there.
+    return {key: value for key, value in os.environ.items() if key != "STREAMPRIOR_CBOR2_5"} | {"PYTHONPATH": folder}
+
+
+def test_all_of_this_holds_with_the_older_generation_of_cbor2(other_cbor2: dict[str, str]) -> None:
+    script = "import sys, importlib.metadata as m, pytest; assert m.version('cbor2')[0] == '5'; sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "-p", "no:cacheprovider", __file__], env=other_cbor2, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_what_one_generation_of_cbor2_encodes_the_other_decodes(other_cbor2: dict[str, str], tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).poisson(3, (24, 24)).astype(np.uint16)
+    (tmp_path / "six").write_bytes(image(counts))
+    script = (
+        "import sys, pathlib; from tests.test_dectris_v2 import image, decoded; place = pathlib.Path(sys.argv[1]);"
+        "counts = decoded((place / 'six').read_bytes()).counts; (place / 'five').write_bytes(image(counts))"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=other_cbor2, cwd=Path(__file__).parents[1], check=True)
+    np.testing.assert_array_equal(decoded((tmp_path / "five").read_bytes()).counts, counts)

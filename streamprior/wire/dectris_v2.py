@@ -19,41 +19,42 @@ import numpy.typing as npt
 from streamprior.errors import WireError
 from streamprior.records import Detector, Frame, SeriesEnd, SeriesStart
 from streamprior.seams import Message
+from streamprior.wire.cbor import check
 from streamprior.wire.compression import compress, decompress
+from streamprior.wire.told import MAX_INDEX, cut, is_count, late_positions, of_frame, plain, shown
 
 _SELF_DESCRIBED = 55799
 _MULTI_DIMENSIONAL = 40
 _COMPRESSED = 56500
+_EV_ANGSTROM = 12398.41984
+"""h c / e; wavelengths come in angstrom."""
 
-# RFC 8746: tag of a little-endian typed array -> dtype.
+# RFC 8746: tag of a typed array -> dtype. Detectors send little-endian ones; the others are read as well, and made little.
 DTYPES: dict[int, np.dtype[Any]] = {
     64: np.dtype("u1"),
+    65: np.dtype(">u2"),
+    66: np.dtype(">u4"),
+    67: np.dtype(">u8"),
     69: np.dtype("<u2"),
     70: np.dtype("<u4"),
     71: np.dtype("<u8"),
     72: np.dtype("i1"),
+    73: np.dtype(">i2"),
+    74: np.dtype(">i4"),
     77: np.dtype("<i2"),
     78: np.dtype("<i4"),
+    81: np.dtype(">f4"),
+    82: np.dtype(">f8"),
     85: np.dtype("<f4"),
     86: np.dtype("<f8"),
 }
-_TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+_TAGS = {dtype: tag for tag, dtype in DTYPES.items() if dtype.byteorder != ">"}
 
-# What a hostile CBOR item can make the parser raise; none of it is our fault.
-_PARSER_ERRORS = (cbor2.CBORDecodeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
-
-# Tags that make a small message a large or a slow object: shared values and string references (a few hundred bytes can stand for
-# 2^30 items, or for themselves), regular expressions and MIME mails (parsed in Python). No stream V2 message holds one.
-_REFUSED_TAGS = (25, 28, 29, 35, 36, 256)
-
-_MAX_DEPTH = 40
-"""Containers within containers; a start message has 5."""
+# What is left for the parser to refuse once the structure is known: texts that are no UTF-8, dates that are none.
+_PARSER_ERRORS = (cbor2.CBORDecodeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, MemoryError)
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """An EIGER2 16M image of three uncompressed 32-bit channels has 217 MB; nothing larger is decoded, and no image is larger unpacked."""
-
-MAX_INDEX = 10_000_000
-"""Frames of one run that the ledger keeps apart; an index beyond it is taken for garbage rather than for memory to allocate."""
 
 
 class StreamV2Decoder:
@@ -90,11 +91,11 @@ class StreamV2Decoder:
             raise WireError("not_stream_v2", f"{len(message) if isinstance(message, tuple) else 0} parts; stream V2 sends one a message")
         if len(message) > self._max_message_bytes:
             raise WireError("too_large", f"{len(message)} bytes, the limit is {self._max_message_bytes}")
+        check(message)
         try:
-            # Keys must be text: hashes of integers are chosen by the sender, and a map of colliding ones takes hours.
-            item = cbor2.loads(message, max_depth=_MAX_DEPTH, strict_hashable_types=True, semantic_decoders=_REFUSALS)
+            item = cbor2.loads(message)
         except _PARSER_ERRORS as error:
-            raise WireError("not_cbor", f"{len(message)} bytes that are no CBOR item: {_cut(str(error))}") from None
+            raise WireError("not_cbor", f"{len(message)} bytes that are no CBOR item: {cut(str(error))}") from None
         kind = item.get("type") if isinstance(item, Mapping) else None
         if kind not in ("start", "image", "end"):
             raise WireError("not_stream_v2", "no map with a type of start, image or end")
@@ -104,46 +105,54 @@ class StreamV2Decoder:
             return (
                 self._image(item, received)
                 if kind == "image"
-                else SeriesEnd(self._source, _series(item), late=_late(item.get("user_data")))
+                else SeriesEnd(self._source, _series(item), late=late_positions(item.get("user_data")))
             )
         except WireError:
             raise
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            raise WireError("wrong_type", f"{kind} message: {_cut(str(error))}") from None
+            raise WireError("wrong_type", f"{kind} message: {cut(str(error))}") from None
 
     def _start(self, item: Mapping[str, Any]) -> SeriesStart:
         series = _series(item)
         user_data = item.get("user_data")
         metadata = {
-            "series_id": _plain(item.get("series_id")),
-            "detector_description": str(item.get("detector_description", "")),
-            "user_data": _plain(user_data) if isinstance(user_data, Mapping) else {},
+            "series_id": plain(item.get("series_id")),
+            "detector_description": cut(str(plain(item.get("detector_description", "")))),
+            "user_data": plain(user_data) if isinstance(user_data, Mapping) else {},
         }
-        start = SeriesStart(self._source, series, _expected(item), self._detector(item), metadata)
+        detector = self._detector(item)
+        nbytes = 1000 + sum(int(plane.nbytes) for plane in (detector.mask, detector.flat) if plane is not None)
+        start = SeriesStart(self._source, series, _expected(item), detector, metadata, nbytes)
         self._series, self._like, self._announced = series, None, start.detector.shape
         return start
 
     def _detector(self, item: Mapping[str, Any]) -> Detector:
         def number(key: str) -> float | None:
             value = item.get(key)
-            return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                return None
+            return float(value)
+
+        def length(key: str) -> float | None:
+            """Of a quantity that is nothing at 0: there it is not known."""
+            value = number(key)
+            return value if value is not None and value > 0 else None
 
         rows, columns = item.get("image_size_y"), item.get("image_size_x")
         centre = number("beam_center_y"), number("beam_center_x")
-        translation = item.get("detector_translation")
+        wavelength = length("incident_wavelength")
         mask = self._plane(item.get("pixel_mask"))
         flat = self._plane(item.get("flatfield"))
         return Detector(
-            shape=(rows, columns) if _is_count(rows) and _is_count(columns) else None,
+            shape=(rows, columns) if _is_extent(rows) and _is_extent(columns) else None,
             mask=mask != 0 if mask is not None else None,
             flat=flat.astype(np.float32) if flat is not None else None,
-            # Where it is 0 it is not known: otherwise no pixel of the run would have measured anything.
-            saturation=number("saturation_value") or None,
+            saturation=length("saturation_value"),  # were 0 believed, no pixel of the run would have measured anything
             beam_centre=(centre[0], centre[1]) if centre[0] is not None and centre[1] is not None else None,
-            pixel_m=number("pixel_size_x"),
-            distance_m=_distance(translation),
-            energy_ev=number("incident_energy"),
-            frame_time_s=number("frame_time"),
+            pixel_m=length("pixel_size_x"),
+            distance_m=_distance(item.get("detector_translation")),
+            energy_ev=length("incident_energy") or (_EV_ANGSTROM / wavelength if wavelength else None),
+            frame_time_s=length("frame_time"),
         )
 
     def _plane(self, planes: Any) -> npt.NDArray[Any] | None:
@@ -154,17 +163,17 @@ class StreamV2Decoder:
     def _image(self, item: Mapping[str, Any], received: float) -> Frame:
         series = _series(item)
         index = item.get("image_id")
-        if not _is_count(index) or index >= MAX_INDEX:
-            raise WireError("bad_index", f"image_id is {_shown(index)}; expected an integer from 0 to {MAX_INDEX - 1}")
+        if not is_count(index) or index >= MAX_INDEX:
+            raise WireError("bad_index", f"image_id is {shown(index)}; expected an integer from 0 to {MAX_INDEX - 1}")
         channels = item.get("data")
         if not isinstance(channels, Mapping) or self._channel not in channels:
-            present = _cut(str(sorted(map(str, channels)))) if isinstance(channels, Mapping) else _shown(channels)
+            present = cut(str(sorted(map(str, channels)))) if isinstance(channels, Mapping) else shown(channels)
             raise WireError("no_channel", f"no channel {self._channel!r} among {present}")
-        counts = _array(channels[self._channel])
+        counts = _photons(_array(channels[self._channel]))
         self._check_like(series, counts)
         user_data = item.get("user_data")
-        position, origin = _of_frame(user_data) if isinstance(user_data, Mapping) else (None, None)
-        return Frame(self._source, series, index, counts, received, _detector_time(item), position, origin, late=_late(user_data))
+        position, origin = of_frame(user_data) if isinstance(user_data, Mapping) else (None, None)
+        return Frame(self._source, series, index, counts, received, _detector_time(item), position, origin, late=late_positions(user_data))
 
     def _check_like(self, series: str, counts: npt.NDArray[Any]) -> None:
         """Shape and dtype may not change within a series: the start message says the shape, the first image what is left open."""
@@ -275,17 +284,25 @@ def _array(item: Any) -> npt.NDArray[Any]:
     dtype: np.dtype[Any] | None = DTYPES.get(typed.tag) if isinstance(typed, cbor2.CBORTag) else None
     if dtype is None:
         raise WireError("wrong_dtype", f"typed array tag {getattr(typed, 'tag', None)!r} is none of {sorted(DTYPES)}")
-    if not (_is_count(rows) and _is_count(columns) and 0 < rows * columns * dtype.itemsize <= MAX_MESSAGE_BYTES):
-        raise WireError("wrong_shape", f"an image of {_shown(rows)} x {_shown(columns)} of {dtype}")
+    if not (is_count(rows) and is_count(columns) and 0 < rows * columns * dtype.itemsize <= MAX_MESSAGE_BYTES):
+        raise WireError("wrong_shape", f"an image of {shown(rows)} x {shown(columns)} of {dtype}")
     payload = typed.value
     if isinstance(payload, cbor2.CBORTag) and payload.tag == _COMPRESSED:
         algorithm, _, blob = payload.value
         if not isinstance(blob, bytes):
             raise WireError("bad_compression", "the compressed pixels are no byte string")
-        return decompress(_cut(str(algorithm)), blob, dtype, (rows, columns))
+        return decompress(cut(str(algorithm)), blob, dtype, (rows, columns))
     if not isinstance(payload, bytes) or len(payload) != rows * columns * dtype.itemsize:
         raise WireError("wrong_shape", f"{len(payload) if isinstance(payload, bytes) else 0} bytes for {rows} x {columns} of {dtype}")
     return np.frombuffer(payload, dtype).reshape(rows, columns)
+
+
+def _photons(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Pixels as frames hold them: little-endian integers or float32. What is too large for float32 becomes infinite: not measured."""
+    if pixels.dtype.kind != "f":
+        return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False)
+    with np.errstate(over="ignore"):
+        return pixels.astype(np.float32, copy=False)
 
 
 def _series(item: Mapping[str, Any]) -> str:
@@ -301,8 +318,8 @@ def _expected(item: Mapping[str, Any]) -> int | None:
     expected = item.get("number_of_images")
     if expected is None:
         return None
-    if not _is_count(expected):
-        raise WireError("wrong_type", f"number_of_images is {_shown(expected)}")
+    if not is_count(expected):
+        raise WireError("wrong_type", f"number_of_images is {shown(expected)}")
     return expected if 0 < expected <= MAX_INDEX else None
 
 
@@ -311,8 +328,12 @@ def _detector_time(item: Mapping[str, Any]) -> float | None:
     if not isinstance(date, datetime.datetime) or not isinstance(start, list | tuple):
         return None
     numerator, denominator = start
-    seconds = date.timestamp() + float(numerator) / float(denominator)
+    seconds = date.timestamp() + numerator / denominator
     return seconds if math.isfinite(seconds) else None
+
+
+def _is_extent(value: Any) -> TypeGuard[int]:
+    return is_count(value) and 0 < value < 2**20
 
 
 def _distance(translation: Any) -> float | None:
@@ -321,64 +342,3 @@ def _distance(translation: Any) -> float | None:
         metres = abs(float(translation[2]))
         return metres if math.isfinite(metres) else None
     return None
-
-
-def _of_frame(user_data: Mapping[str, Any]) -> tuple[tuple[float, float] | None, int | None]:
-    """What our own senders put into an image's user_data: position_m [x, y] in metres and origin, the index in a recorded file."""
-    position, origin = user_data.get("position_m"), user_data.get("origin")
-    place = None
-    if isinstance(position, list | tuple) and len(position) == 2:
-        place = _place(*position)
-    return place, origin if _is_count(origin) and origin < 2**63 else None
-
-
-def _late(user_data: Any) -> dict[int, tuple[float, float]]:
-    """Positions of earlier frames: positions_m [[index, x, y], ...] in metres, for a stage that answers later than the detector."""
-    rows = user_data.get("positions_m") if isinstance(user_data, Mapping) else None
-    if not isinstance(rows, list | tuple):
-        return {}
-    found = {}
-    for row in rows:
-        if isinstance(row, list | tuple) and len(row) == 3 and _is_count(row[0]) and row[0] < MAX_INDEX:
-            place = _place(row[1], row[2])
-            if place is not None:
-                found[row[0]] = place
-    return found
-
-
-def _place(x: Any, y: Any) -> tuple[float, float] | None:
-    """A position that is none (null, text, NaN) is one that never came; it costs its frame nothing else."""
-    numbers = [float(one) for one in (x, y) if isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one)]
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _plain(value: Any) -> Any:
-    """CBOR containers (frozendict, tuple) as the JSON types that run metadata are made of; anything else becomes its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, int) and value.bit_length() > 64:
-        return hex(value)  # in decimal it takes quadratic time, and Python refuses
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-
-
-def _shown(value: Any) -> str:
-    """A value in an error's text: scalars as they are, anything that can be of any size by its type."""
-    short = value is None or isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 64)
-    return _cut(repr(value)) if short else f"of type {type(value).__name__}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _refuse(value: Any, immutable: bool) -> Any:
-    raise ValueError("a shared value, string reference, regular expression or mail")
-
-
-_REFUSALS = dict.fromkeys(_REFUSED_TAGS, _refuse)
