@@ -29,6 +29,8 @@ class Ledger:
         self._complete = frozenset(complete_sinks)
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         self._missing = 0
+        self._forgotten = 0  # messages of runs that are no longer kept
+        self._published: tuple[str, int] | None = None
         self._stray = _Run(None)  # messages that belong to no run, because none was open
         # Fates beyond the first three are "dropped: stage/reason" and "quarantined: reason", numbered as they first occur.
         self._fates = ["never received", "in flight", "published"]
@@ -40,7 +42,7 @@ class Ledger:
             self._runs[run.uid] = _Run(replace(run, detector=Detector(), metadata={}))
             closed = [uid for uid, one in self._runs.items() if one.closed is not None]
             for uid in closed[: max(0, len(closed) - KEPT_RUNS)]:
-                del self._runs[uid]
+                self._forgotten += self._runs.pop(uid).received
 
     def received(self, uid: str, index: int) -> bool:
         """A frame came in; False when this run already had it (the caller then drops the duplicate)."""
@@ -102,6 +104,7 @@ class Ledger:
                     del run.partly[index]
                 run.set_fate(index, _PUBLISHED)
                 run.published += 1
+                self._published = uid, index
 
     def close_run(self, ended: RunEnded) -> dict[str, Any]:
         """The run has left every complete sink; returns its balance."""
@@ -159,6 +162,16 @@ class Ledger:
     def in_flight(self) -> int:
         with self._lock:
             return sum(run.in_flight() for run in [*self._runs.values(), self._stray])
+
+    def total_received(self) -> int:
+        """Messages of all runs that came in; it only grows."""
+        with self._lock:
+            return self._forgotten + sum(run.received for run in [*self._runs.values(), self._stray])
+
+    def last_published(self) -> tuple[str, int] | None:
+        """(run, index) of the frame that was published last."""
+        with self._lock:
+            return self._published
 
     def missing(self) -> int:
         """Frames that runs expected and had not seen when they closed; it only grows."""

@@ -33,6 +33,7 @@ class Meters:
 
     def __init__(self, source: str, stages: Iterable[str], sinks: Iterable[str], classes: Iterable[str], signals: Iterable[str]) -> None:
         self.registry = CollectorRegistry()
+        self.classes, self.signals = tuple(classes), tuple(signals)
         ns: dict[str, Any] = {"namespace": "streamprior", "registry": self.registry}
         self._received = Counter("frames_received_total", "Messages that are, or should be, images.", ["source"], **ns).labels(source)
         published = Counter("frames_published_total", "Frames that a sink has taken.", ["sink"], **ns)
@@ -48,7 +49,7 @@ class Meters:
         latency = Histogram("latency_seconds", "From the detector's time stamp to the output.", ["output"], buckets=_BUCKETS, **ns)
         self._latency = {output: latency.labels(output) for output in ("mask", "reconstruction", "archive")}
         iou = Gauge("mask_iou", "Intersection over union of the newest mask.", ["class", "reference"], **ns)
-        self._iou = {(name, reference): iou.labels(name, reference) for name in classes for reference in ("prior", "previous")}
+        self._iou = {(name, reference): iou.labels(name, reference) for name in self.classes for reference in ("prior", "previous")}
         self._chi2 = Gauge("chi2", "chi2 of the newest reconstruction.", **ns)
         self._class_distance = Gauge("class_distance", "Mean quantisation distance of the newest frame, PCA units.", **ns)
         self._prior_distance = Gauge("prior_distance", "Part of the newest frame that its nearest prototype leaves unexplained.", **ns)
@@ -56,13 +57,17 @@ class Meters:
         self._kept = {arm: kept.labels(arm) for arm in ARMS}
         self._abstained = Counter("frames_abstained_total", "Frames that no prototype was near to.", **ns)
         score = Gauge("drift_score", "Deviation from the prior's baseline, in its standard deviations.", ["signal"], **ns)
-        self._score = {signal: score.labels(signal) for signal in signals}
+        self._score = {signal: score.labels(signal) for signal in self.signals}
         alarm = Gauge("drift_alarm", "1 while the drift score is beyond its limit.", ["signal"], **ns)
-        self._alarm = {signal: alarm.labels(signal) for signal in signals}
+        self._alarm = {signal: alarm.labels(signal) for signal in self.signals}
         self._mosaic_frames, self._mosaic = _mosaic_gauges(ns)
         up = Gauge("sink_up", "1 while the sink takes what it is given.", ["sink"], **ns)
         self._up = {sink: up.labels(sink) for sink in sinks}
-        Gauge("degradation_level", "0: everything; 1: some frames not refined; 2: some not classified; 3: dropped at ingest.", **ns).set(0)
+        self.degradation_level = 0
+        degraded = Gauge(
+            "degradation_level", "0: everything; 1: some frames not refined; 2: some not classified; 3: dropped at ingest.", **ns
+        )
+        degraded.set_function(lambda: self.degradation_level)
         self._build = Info("build", "Version and identity of what runs.", **ns)
 
     def build_info(self, **facts: str) -> None:

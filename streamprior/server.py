@@ -1,11 +1,14 @@
-"""HTTP on one port: /metrics /healthz /readyz /ledger and the live page with its pictures, /live and /mosaic."""
+"""HTTP on one port: /metrics /healthz /readyz /ledger /status and the live page with its pictures, /live and /mosaic."""
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from importlib.resources import files
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -14,10 +17,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from streamprior import __version__
 from streamprior.config import HttpSettings
 from streamprior.errors import ConfigError
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
+from streamprior.records import Flag, Result
 from streamprior.sinks.page import LivePage
 
 Health = Callable[[], Mapping[str, bool]]
@@ -52,6 +57,9 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> S
         except ValueError:
             return JSONResponse({"error": f"frame={frame!r} is not a frame index"}, 400)
 
+    def status(request: Request) -> Response:
+        return JSONResponse(numbers_now(meters, ledger, page))
+
     def live(request: Request) -> Response:
         # A page asks for a mosaic when it hears of one here: most runs have none, and five requests a second in vain add up.
         return _picture(page.picture(_after(request)), {"Mosaic": str(page.mosaic_serial)})
@@ -66,8 +74,67 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> S
         return Response(files("streamprior").joinpath("page_mosaic.js").read_text(), media_type="text/javascript")
 
     paths = {"/metrics": metrics, "/healthz": healthz, "/readyz": readyz, "/ledger": accounts, "/live": live, "/mosaic": mosaic}
-    paths |= {"/": index, "/page_mosaic.js": script}
+    paths |= {"/status": status, "/": index, "/page_mosaic.js": script}
     return Starlette(routes=[Route(path, handler) for path, handler in paths.items()])
+
+
+def numbers_now(meters: Meters, ledger: Ledger, page: LivePage) -> dict[str, Any]:
+    """What the daemon knows at this moment as JSON-able numbers, for programs that follow it: null where there is nothing to tell.
+
+    The newest result: run (uid), series, index, received (Unix s), age_s, chi2, chi2_floor, distance, iou (class -> prior and previous),
+    score (signal -> standard deviations of the prior's baseline), alarms (signals), alarm (whether any stands), flags (names). Classes
+    and signals are named before the first frame.
+    The path: frames_received since the daemon started, frames_behind (received and not settled yet, or settled and not in these numbers
+    yet), ledger (account of the newest run), degradation_level, version.
+    """
+    # In this order: what comes in meanwhile makes these numbers look older than they are, never newer.
+    received, behind, published = ledger.total_received(), ledger.in_flight(), ledger.last_published()
+    result = page.newest
+    if published is not None and not behind and not _shows(result, published, ledger):
+        behind = 1
+    accounts = [account for account in ledger.runs() if account["run"] is not None]
+    series = next((account["series"] for account in accounts if result is not None and account["run"] == result.run), None)
+    return {
+        "version": __version__,
+        **_of_result(result, meters),
+        "series": series,
+        "frames_received": received,
+        "frames_behind": behind,
+        "ledger": accounts[0] if accounts else None,
+        "degradation_level": meters.degradation_level,
+    }
+
+
+def _shows(result: Result | None, published: tuple[str, int], ledger: Ledger) -> bool:
+    """Whether a result is as new as the frame that was published last: the page may be ahead of the archive, or behind it."""
+    if result is None:
+        return False
+    try:
+        return (result.run, result.index) == published or ledger.frame(result.run, result.index) == "in flight"
+    except KeyError:
+        return False
+
+
+def _of_result(result: Result | None, meters: Meters) -> dict[str, Any]:
+    """The newest frame's own numbers; JSON has no NaN."""
+    iou, previous, score = ({}, {}, {}) if result is None else (result.iou, result.iou_previous, result.score)
+    alarms, flags = ((), 0) if result is None else (result.alarms, result.flags)
+    return {
+        "run": result.run if result is not None else None,
+        "index": result.index if result is not None else None,
+        **{name: _known(getattr(result, name, None)) for name in ("received", "chi2", "chi2_floor", "distance")},
+        "age_s": max(0.0, time.time() - result.received) if result is not None else None,
+        "iou": {name: {"prior": _known(iou.get(name)), "previous": _known(previous.get(name))} for name in meters.classes},
+        "score": {signal: _known(score.get(signal)) for signal in meters.signals},
+        "alarms": list(alarms),
+        "alarm": bool(alarms),
+        "flags": [flag.name for flag in Flag if flags & flag],
+    }
+
+
+def _known(value: float | None) -> float | None:
+    """None in place of what is not a number."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _after(request: Request) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,10 +18,10 @@ import pytest
 
 from streamprior.errors import SinkUnavailable
 from streamprior.prior import Geometry, Prior, freeze
-from streamprior.records import Detector, Positions, Result, RunEnded, RunStarted
-from streamprior.sinks.archive import ENDED_RUNS, Archive, read_about, read_run, run_folders, run_key
+from streamprior.records import Detector, Flag, Positions, Result, RunEnded, RunStarted
+from streamprior.sinks.archive import ENDED_RUNS, LATE_POSITIONS, Archive, read_about, read_run, run_folders, run_key
 from streamprior.sinks.mosaic_file import MOSAIC_FILE, read_mosaic, summary
-from streamprior.sinks.rows import NO_ORIGIN, PART_ROWS
+from streamprior.sinks.rows import NO_ORIGIN, OPEN_PARTS, PART_ROWS
 from tests.test_mosaic_file import make_image
 
 HEIGHT, WIDTH = 24, 20
@@ -317,6 +318,102 @@ def test_positions_alone_leave_no_trace(archive: Archive, tmp_path: Path) -> Non
     before = read_about(folder)
     archive.note(Positions("detector", "6", {0: (1.0, 2.0)}, "uid-0001-abcdef"))
     assert read_about(folder) == before
+
+
+def rows_of(folder: Path, *indices: int) -> list[tuple[float, float, int]]:
+    """(x, y, flags) of these frames as the table on disk has them."""
+    table = read_run(folder).frames
+    rows = dict(zip(table["index"].to_pylist(), zip(*(table[name].to_pylist() for name in COLUMNS), strict=True), strict=True))
+    return [rows[index] for index in indices]
+
+
+COLUMNS = ("position_x", "position_y", "flags")
+WITHOUT = Flag.NOT_REFINED | Flag.NO_POSITION
+
+
+def without(index: int) -> Result:
+    return replace(make_result(index), position=None, flags=int(WITHOUT))
+
+
+def note(archive: Archive, positions: dict[int, tuple[float, float]], run: str = "uid-0001-abcdef") -> None:
+    archive.note(Positions("detector", "6", positions, run))
+
+
+def test_a_late_position_goes_into_the_row_of_its_frame_and_the_flag_goes_out(tmp_path: Path) -> None:
+    told: list[Path] = []
+    archive = Archive(tmp_path, make_prior(), PROVENANCE, told.append, DRIFT, 8)
+    archive.open()
+    archive.begin(make_run())
+    archive.write([without(index) for index in range(3)])
+    told.clear()
+    note(archive, {1: (4e-6, -5e-6)})
+    folder = tmp_path / run_key(make_run())
+    assert told == [folder]
+    (x, y, flags), located, (_, _, last) = rows_of(folder, 0, 1, 2)
+    assert located == (4e-6, -5e-6, Flag.NOT_REFINED)
+    assert math.isnan(x)
+    assert math.isnan(y)
+    assert flags == last == WITHOUT
+    assert read_run(folder).frames.num_rows == read_about(folder)["frames"] == 3
+    archive.close()
+
+
+def test_late_positions_reach_parts_that_are_long_on_disk(archive: Archive, tmp_path: Path) -> None:
+    archive.begin(make_run())
+    far = [part * PART_ROWS + 7 for part in range(OPEN_PARTS + 3)]
+    archive.write([without(index) for index in far])
+    note(archive, {index: (1e-9 * index, 0.0) for index in (*far, 3)})
+    folder = tmp_path / "disk" / run_key(make_run())
+    assert rows_of(folder, *far) == [(1e-9 * index, 0.0, Flag.NOT_REFINED) for index in far]
+    assert read_run(folder).frames.num_rows == len(far)
+
+
+def test_a_position_waits_for_the_row_of_its_frame_and_outlives_a_repeated_write(archive: Archive, tmp_path: Path) -> None:
+    archive.begin(make_run())
+    note(archive, {0: (1.0, 2.0), 5: (3.0, 4.0)})
+    folder = tmp_path / "disk" / run_key(make_run())
+    archive.write([without(0), without(1)])
+    archive.write([without(5)])
+    archive.write([without(5), without(0)])
+    first, (x, _, flags), third = rows_of(folder, 0, 1, 5)
+    assert (first, third) == ((1.0, 2.0, Flag.NOT_REFINED), (3.0, 4.0, Flag.NOT_REFINED))
+    assert math.isnan(x)
+    assert flags == WITHOUT
+
+
+def test_of_positions_that_no_frame_asks_for_only_the_newest_are_kept(archive: Archive, tmp_path: Path) -> None:
+    archive.begin(make_run())
+    note(archive, {index: (1.0, 2.0) for index in range(LATE_POSITIONS + 1)})
+    archive.write([without(0), without(LATE_POSITIONS)])
+    folder = tmp_path / "disk" / run_key(make_run())
+    (x, _, flags), newest = rows_of(folder, 0, LATE_POSITIONS)
+    assert newest == (1.0, 2.0, Flag.NOT_REFINED)
+    assert math.isnan(x)
+    assert flags == WITHOUT
+
+
+def test_positions_of_a_run_that_is_over_or_unknown_change_nothing(archive: Archive, tmp_path: Path) -> None:
+    archive.begin(make_run())
+    archive.write([without(0)])
+    archive.end(RunEnded("uid-0001-abcdef", "end", 1.0))
+    note(archive, {0: (1.0, 2.0)})
+    note(archive, {0: (1.0, 2.0)}, "never-heard-of")
+    assert rows_of(tmp_path / "disk" / run_key(make_run()), 0)[0][2] == WITHOUT
+
+
+def test_positions_for_which_the_disk_has_no_room_go_in_later(archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive.begin(make_run())
+    archive.write([without(0)])
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pyarrow.parquet.write_table", full)
+        with pytest.raises(SinkUnavailable, match="free space"):
+            note(archive, {0: (1.0, 2.0)})
+    note(archive, {0: (1.0, 2.0)})
+    assert rows_of(tmp_path / "disk" / run_key(make_run()), 0) == [(1.0, 2.0, Flag.NOT_REFINED)]
 
 
 def test_a_run_that_is_continued_keeps_its_image(tmp_path: Path) -> None:

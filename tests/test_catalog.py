@@ -23,7 +23,7 @@ from streamprior.sinks.catalog import Catalog
 from streamprior.sinks.embedded import embedded_tiled
 from streamprior.sinks.live import MESSAGE_BYTES, TILE, LatestArrays, thinning
 from streamprior.sinks.rows import PART_ROWS
-from streamprior.sinks.tiled_api import TiledApi, probe
+from streamprior.tiled_api import TiledApi, probe
 from tests.test_archive import DRIFT, PROVENANCE, make_prior, make_result, make_run
 from tests.test_mosaic_file import make_image
 from tests.tiled_fixture import RunningTiled
@@ -120,6 +120,29 @@ def test_a_finished_run_carries_its_metadata_and_spec(archive: Archive, catalog:
     np.testing.assert_allclose(frames["chi2"], [0.01 * index for index in range(10)])
     assert set(frames["arm"]) == {"prototype"}
     assert not catalog.pending()
+
+
+def test_a_search_for_the_raw_run_finds_its_results_too(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+    from tiled.queries import Key
+
+    start = {"uid": "raw-run-uid", "scan_id": 7, "sample": {"name": "gold"}}
+    there = client.create_container(folder.name)
+    raw = there.create_container("raw", metadata={"start": start})
+    linked = replace(make_run(), metadata={"start": start, "operator": "night shift"})
+    for status in ("running", "complete"):
+        if status == "running":
+            archive.begin(linked)
+            write(archive, range(3))
+        else:
+            end(archive)
+        assert catalog.step()
+        found = there.search(Key("start.uid") == "raw-run-uid")
+        assert set(found) == {"raw", KEY}
+        results = found[KEY]
+        assert (results.metadata["status"], [spec.name for spec in results.specs]) == (status, ["StreampriorRun"])
+        assert results.metadata["start"] == raw.metadata["start"] == start
+        assert results.metadata["metadata"] == {"operator": "night shift"}
+    assert set(there.search(Key("start.scan_id") == 7)) == {"raw", KEY}
 
 
 def test_a_run_that_goes_on_after_its_end_goes_on_in_tiled(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:

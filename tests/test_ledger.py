@@ -110,7 +110,11 @@ def test_closed_runs_are_forgotten_and_open_ones_are_not() -> None:
     ledger.open_run(run("first, still open"))
     for n in range(KEPT_RUNS + 5):
         ledger.open_run(run(str(n)))
+        ledger.received(str(n), 0)
+        ledger.published(str(n), "archive", [0])
         ledger.close_run(RunEnded(str(n), "end", 1.0))
+    assert ledger.total_received() == KEPT_RUNS + 5, "messages of those that are forgotten still count"
+    assert ledger.last_published() == (str(KEPT_RUNS + 4), 0)
     uids = [account["run"] for account in ledger.runs()]
     assert len(uids) <= KEPT_RUNS + 2
     assert "first, still open" in uids

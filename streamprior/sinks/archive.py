@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
@@ -27,7 +27,7 @@ from streamprior.prior import Prior
 from streamprior.records import NOT_MEASURED, MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.sinks.chunks import FrameArray, Layout
 from streamprior.sinks.mosaic_file import MOSAIC_FILE, summary, write_mosaic
-from streamprior.sinks.rows import FrameTable, frame_row, frames_schema, read_table
+from streamprior.sinks.rows import FrameTable, frame_row, frames_schema, located, read_table
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +36,9 @@ FORMAT_VERSION = 1
 
 ENDED_RUNS = 16
 """Runs that are over and may still get an image, from the last sweeps over their frames."""
+
+LATE_POSITIONS = 100_000
+"""Positions of a run that are kept for frames whose rows are still to come, or come again: 10 MB, the newest."""
 
 _IMAGE_OF = {"classes": attrgetter("classes"), "objects": attrgetter("object")}
 """Array of a run -> what of a result goes into it."""
@@ -55,12 +58,13 @@ _REMEDIES = {
 
 @dataclass
 class _Run:
-    """What the archive owns of one open run. `about` is the content of run.json."""
+    """What the archive owns of one open run. `about` is the content of run.json, `late` the positions that came by themselves."""
 
     folder: Path
     arrays: Mapping[str, FrameArray]
     frames: FrameTable
     about: dict[str, Any]
+    late: OrderedDict[int, tuple[float, float]] = field(default_factory=OrderedDict)
 
 
 class Archive:
@@ -164,20 +168,23 @@ class Archive:
                 indices = [result.index for result in part]
                 for name, array in run.arrays.items():
                     array.write(indices, [_IMAGE_OF[name](result) for result in part])
-                run.frames.write([frame_row(result, published, self._class_names, self._drift_columns) for result in part])
+                run.frames.write([self._row(run, result, published) for result in part])
                 run.about |= {"frames": run.frames.rows, "extent": max(run.about["extent"], max(indices) + 1)}
                 _replace_json(run.folder / RUN_FILE, run.about)
             self._growth(run.folder)
 
     def note(self, item: Positions | MosaicImage) -> None:
-        """Replace the run's image of the sample, also of a run that ended not long ago; positions are not kept.
+        """Replace the run's image of the sample, also of a run that ended not long ago; or put late positions into the rows of an open one.
+
+        A position whose frame has no row yet is kept in memory until that row comes; it is not kept beyond the end of the run.
 
         Raises
         ------
         SinkUnavailable
-            The disk is full, read-only or gone; noting the same image again later is safe.
+            The disk is full, read-only or gone; noting the same again later is safe.
         """
-        if not isinstance(item, MosaicImage):
+        if isinstance(item, Positions):
+            self._locate(item)
             return
         run = self._runs.get(item.run)
         folder = run.folder if run is not None else self._ended.get(item.run)
@@ -214,6 +221,25 @@ class Archive:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _locate(self, item: Positions) -> None:
+        run = self._runs.get(item.run)
+        if run is None:
+            log.warning("positions of a run that is not open are left out", run=item.run, positions=len(item.positions))
+            return
+        run.late.update(item.positions)
+        while len(run.late) > LATE_POSITIONS:
+            run.late.popitem(last=False)
+        with _disk(run.folder):
+            (run.folder / RUN_FILE).stat()
+            found = run.frames.locate(item.positions)
+        if found:
+            self._growth(run.folder)
+
+    def _row(self, run: _Run, result: Result, published: float) -> tuple[Any, ...]:
+        row = frame_row(result, published, self._class_names, self._drift_columns)
+        place = run.late.get(result.index)
+        return row if place is None else located(row, place)
 
     def _about(self, run: RunStarted) -> dict[str, Any]:
         return {

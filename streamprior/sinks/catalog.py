@@ -11,7 +11,7 @@ import structlog
 from streamprior.errors import SinkUnavailable
 from streamprior.sinks.archive import run_folders
 from streamprior.sinks.registration import Registrar, RunUnreadable
-from streamprior.sinks.tiled_api import TiledApi, TiledRefused
+from streamprior.tiled_api import TiledApi, TiledRefused
 
 log = structlog.get_logger(__name__)
 

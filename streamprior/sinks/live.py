@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from streamprior.records import MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.sinks.registration import array_structure, tiles_structure
-from streamprior.sinks.tiled_api import TiledApi, TiledRefused, create, make_containers, node_path
+from streamprior.tiled_api import TiledApi, TiledRefused, create, make_containers, node_path
 
 MESSAGE_BYTES = 900_000
 """A Tiled subscription with default settings ends without a word at a message above 1,000,000 bytes; the rest is the envelope."""

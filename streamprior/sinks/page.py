@@ -85,6 +85,11 @@ class LivePage:
         return self._mosaic.picture(after)
 
     @property
+    def newest(self) -> Result | None:
+        """The newest result, of whatever run; None before the first."""
+        return self._result.item
+
+    @property
     def mosaic_serial(self) -> int:
         """Of the newest mosaic, counted over all runs; 0 before the first."""
         return self._mosaic.serial
@@ -96,20 +101,20 @@ class _Newest(Generic[T]):
     def __init__(self, draw: Callable[[T], Picture]) -> None:
         self._draw = draw
         self._holding, self._drawing = threading.Lock(), threading.Lock()
-        self._item: T | None = None
+        self.item: T | None = None
         self._drawn: tuple[int, bytes] = (0, b"")
         self.serial = 0
 
     def put(self, item: T) -> None:
         with self._holding:
-            self._item = item
+            self.item = item
             self.serial += 1
 
     def picture(self, after: int) -> bytes | None:
         # Two locks: who looks waits for the picture in the making, who puts never does.
         with self._drawing:
             with self._holding:
-                serial, item = self.serial, self._item
+                serial, item = self.serial, self.item
             if item is None or serial <= after:
                 return None
             if self._drawn[0] != serial:

@@ -15,7 +15,7 @@ from streamprior.errors import SinkUnavailable
 from streamprior.sinks.archive import read_about
 from streamprior.sinks.mosaic_file import DIMS, IMAGES
 from streamprior.sinks.rows import part_number, part_paths
-from streamprior.sinks.tiled_api import TiledApi, TiledRefused, create, make_containers, node_path
+from streamprior.tiled_api import TiledApi, TiledRefused, create, make_containers, node_path
 
 RUN_SPEC = {"name": "StreampriorRun", "version": "1"}
 
@@ -96,7 +96,7 @@ class Registrar:
                 self._sync_mosaic(folder.name, about["mosaic"])
             if not running or known.told[0] != "running":  # at the end, and when a run that had ended goes on
                 path = f"/metadata/{node_path([*self._parent, folder.name])}"
-                self._api.send("PUT", path, {"metadata": about, "specs": [RUN_SPEC]}, drop_revision="true")
+                self._api.send("PUT", path, {"metadata": _metadata(about), "specs": [RUN_SPEC]}, drop_revision="true")
                 known.told = state
         except SinkUnavailable:
             del self._known[folder.name]
@@ -109,7 +109,7 @@ class Registrar:
         node = self._api.get(f"/metadata/{node_path(path)}")
         if node is None:
             # Called running until its arrays are there, so that a catch-up that is cut short is taken up again.
-            body = {"id": key, "structure_family": "container", "metadata": {**about, "status": "running"}, "specs": [RUN_SPEC]}
+            body = {"id": key, "structure_family": "container", "metadata": _metadata({**about, "status": "running"}), "specs": [RUN_SPEC]}
             create(self._api, self._parent, body)
             return _Known(("running",))
         known = _Known(_state(node["data"]["attributes"]["metadata"]))
@@ -241,6 +241,15 @@ def _source(family: str, structure: Mapping[str, Any] | None, mimetype: str, ass
         "assets": list(assets),
         "management": "external",
     }
+
+
+def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of run.json as Tiled has it: the start document of the raw run stands on top, where it stands with the raw run itself, so
+    that one search for start.uid finds both."""
+    metadata = about.get("metadata") or {}
+    if not isinstance(metadata.get("start"), Mapping):
+        return dict(about)
+    return {**about, "metadata": {key: value for key, value in metadata.items() if key != "start"}, "start": metadata["start"]}
 
 
 def _state(about: Mapping[str, Any]) -> tuple[Any, ...]:

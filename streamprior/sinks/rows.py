@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from streamprior.records import Result
+from streamprior.records import Flag, Result
 
 PART_ROWS = 1024
 """Frame indices a part: rewriting the growing part costs 2 ms, and a million frames make a thousand files."""
@@ -41,6 +41,8 @@ _FIXED: tuple[tuple[str, pa.DataType], ...] = (
     ("flags", pa.uint32()),
     ("alarms", pa.string()),  # signals whose drift alarm is on, divided by commas
 )
+
+_X, _Y, _FLAGS = ([name for name, _ in _FIXED].index(name) for name in ("position_x", "position_y", "flags"))
 
 
 def frames_schema(class_names: Sequence[str], drift_columns: Sequence[str]) -> pa.Schema:
@@ -74,6 +76,14 @@ def frame_row(result: Result, published: float, class_names: Sequence[str], drif
         *_values(result.iou_previous, class_names),
         *_values(result.drift, drift_columns),
     )
+
+
+def located(row: tuple[Any, ...], place: tuple[float, float]) -> tuple[Any, ...]:
+    """The row of a frame whose position, (x, y) in metres, came later than the frame."""
+    changed = list(row)
+    changed[_X], changed[_Y] = place
+    changed[_FLAGS] = row[_FLAGS] & ~Flag.NO_POSITION
+    return tuple(changed)
 
 
 def _values(measured: Mapping[str, float], names: Sequence[str]) -> list[float]:
@@ -117,6 +127,22 @@ class FrameTable:
             part.update((row[0], row) for row in new)
             self._replace(number, part)
             self._counts[number] = len(part)
+
+    def locate(self, positions: Mapping[int, tuple[float, float]]) -> int:
+        """Put positions, index -> (x, y) metres, into the rows that are there; returns how many. Their parts are then on disk."""
+        touched: dict[int, list[int]] = {}
+        for index in positions:
+            if index // PART_ROWS in self._counts:
+                touched.setdefault(index // PART_ROWS, []).append(index)
+        found = 0
+        for number, indices in touched.items():
+            part = self._part(number)
+            known = {index: located(part[index], positions[index]) for index in indices if index in part}
+            if known:
+                part.update(known)
+                self._replace(number, part)
+            found += len(known)
+        return found
 
     def _part(self, number: int) -> dict[int, tuple[Any, ...]]:
         part = self._parts.pop(number, None)
