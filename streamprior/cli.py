@@ -6,10 +6,11 @@ import http.client
 import json
 import os
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -33,6 +34,21 @@ out = Console()
 err = Console(stderr=True)
 
 ToOption = Annotated[str, typer.Option("--to", help="ZMQ address of the receiver, tcp://HOST:PORT.")]
+WireOption = Annotated[str | None, typer.Option("--wire", help="dectris-v2 (CBOR), dectris-v1 (JSON and blobs), or documents (Bluesky).")]
+FramingOption = Annotated[
+    str | None, typer.Option(help="V1: multipart, split_header, parts (each a message of its own) or headerless (three parts an image).")
+]
+DetailOption = Annotated[str | None, typer.Option(help="V1: all (mask and flat field too), basic (configuration alone) or none.")]
+EncodingOption = Annotated[str | None, typer.Option(help="How pixels are compressed: bslz4, lz4 or none.")]
+FaultsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--faults",
+        help="What goes wrong on the way, kind=count,...: lost, duplicated, late, truncated, flipped_bit, garbage, aborted, two_receivers,"
+        " ...; ? names them all.",
+    ),
+]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Decides which frames the faults strike.")]
 FramesOption = Annotated[str, typer.Option(help="Python slice of the frames, for example 0::2.")]
 
 Report = Callable[[str, int, int], None]
@@ -46,6 +62,12 @@ _EXTRAS = {
     "sklearn": "train",
     "kneed": "train",
     "threadpoolctl": "train",
+    "bluesky": "bluesky",
+    "ophyd_async": "bluesky",
+    "event_model": "bluesky",
+    "bluesky_tiled_plugins": "bluesky",
+    "databroker": "databroker",
+    "fabio": "edf",
 }
 """Module -> the extra that brings it."""
 
@@ -116,13 +138,96 @@ def demo(
             raise typer.Exit(show.run(settings, place, prior, out))
 
 
-def _grow_from_twin(scenario: str, path: Path) -> None:
+@app.command()
+def beamtime(
+    scenario: Annotated[str, typer.Argument(help="Scenario of the twin that has positions: a bundled name or a YAML file.")] = "gold_balls",
+    headless: Annotated[bool, typer.Option("--headless", help="End by itself; exit 1 unless every scan is whole and found.")] = False,
+    scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 3,
+    rows: Annotated[int, typer.Option(min=2, help="Lines of a scan.")] = 20,
+    columns: Annotated[int, typer.Option(min=2, help="Points of a line.")] = 20,
+    disturbed: Annotated[int, typer.Option(min=0, help="Scan during which the beam loses half its flux for a while; 0: none.")] = 2,
+    folder: Annotated[Path | None, typer.Option(help="Keep archive, frames, prior and catalog here (default: a temporary folder).")] = None,
+    port: Annotated[int, typer.Option(help="Port of page and metrics; 0 takes a free one.")] = 9870,
+) -> None:
+    """A whole beamtime on this machine: a RunEngine scans the twin; frames go over DECTRIS V2, positions over documents, all into Tiled.
+
+    A drift alarm pauses the plan, and it goes on when the beam has recovered. Needs pip install 'streamprior[bluesky]'.
+
+    Example: streamprior beamtime gold_balls --headless
+    """
+    with faults():
+        from streamprior import beamtime as whole
+        from streamprior import demo as show
+
+        changes = _on_a_grid(rows, columns)
+        made = _twin(scenario, changes)
+        _box_of(made)
+        with show.workplace(folder) as place:
+            prior, probe = place / f"prior-{Path(scenario).stem}.h5", place / f"probe-{Path(scenario).stem}.npy"
+            if not prior.exists():
+                _grow_from_twin(scenario, prior, changes)
+            np.save(probe, made.scan().probe)
+            settings = whole.BeamtimeSettings(scenario, scans, rows, columns, disturbed, headless, port, probe)
+            with progress() as report:
+                raise typer.Exit(whole.run(settings, place, prior, out, report))
+
+
+def _on_a_grid(rows: int, columns: int) -> dict[str, Any]:
+    """Changes to a scenario that make its scan as large as a grid of these points."""
+    return {"frames": max(rows, columns) ** 2, "sample.scan": "raster"}
+
+
+def _box_of(twin: Any) -> Any:
+    from streamprior_sim.beamline import box_of
+
+    return box_of(twin)
+
+
+@app.command()
+def beamline(
+    scenario: Annotated[str, typer.Argument(help="Scenario of the twin that has positions: a bundled name or a YAML file.")],
+    to: ToOption = "tcp://127.0.0.1:31001",
+    documents: Annotated[str, typer.Option(help="HOST:PORT of a Bluesky proxy's in-address.")] = "127.0.0.1:5577",
+    daemon: Annotated[str, typer.Option(help="HTTP address of the daemon.")] = "http://127.0.0.1:9870",
+    tiled: Annotated[str, typer.Option(help="Tiled server for the raw runs; its key in $TILED_API_KEY.")] = "http://127.0.0.1:8000",
+    folder: Annotated[Path, typer.Option(help="Where the detector writes its files.")] = Path("detector"),
+    scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 3,
+    rows: Annotated[int, typer.Option(min=2, help="Lines of a scan.")] = 20,
+    columns: Annotated[int, typer.Option(min=2, help="Points of a line.")] = 20,
+    disturbed: Annotated[int, typer.Option(min=0, help="Scan during which the beam loses half its flux for a while; 0: none.")] = 2,
+    lines: Annotated[bool, typer.Option("--json", help="A JSON object a line on standard output for everything that happens.")] = False,
+) -> None:
+    """The beamline's half of a beamtime: a RunEngine, the twin as its detector, motors, and a suspender that heeds the daemon's alarms.
+
+    Example: streamprior beamline gold_balls --to tcp://127.0.0.1:31001 --documents 127.0.0.1:5577
+    """
+
+    def say(what: str, told: Any) -> None:
+        if lines:
+            sys.stdout.write(json.dumps({"what": what, **told}) + "\n")
+            sys.stdout.flush()
+        elif what != "event":
+            out.print(what, ", ".join(f"{name} {value}" for name, value in told.items()), markup=False, highlight=False, soft_wrap=True)
+
+    with faults():
+        from streamprior_sim.beamline import Beamtime, run_beamtime, station
+
+        from streamprior.bluesky.engine import Beside, engine_beside
+
+        made = _twin(scenario, _on_a_grid(rows, columns))
+        folder.mkdir(parents=True, exist_ok=True)
+        engine, _ = engine_beside(Beside(documents, daemon, tiled, os.environ.get("TILED_API_KEY", "")), say)
+        detector, motors = station(engine, made, folder, to)
+        run_beamtime(engine, detector, motors, _box_of(made), Beamtime(scans, rows, columns, disturbed), say)
+
+
+def _grow_from_twin(scenario: str, path: Path, changes: dict[str, Any] | None = None) -> None:
     """The demo's prior: grown on every fourth frame of the twin's scan without its drift, as last month's quiet scan would be."""
     from streamprior.prior import save_prior
     from streamprior.train.grow import grow_prior
     from streamprior.train.settings import TrainSettings
 
-    twin = _twin(scenario, {"drift": {}})
+    twin = _twin(scenario, {"drift": {}, **(changes or {})})
     # Somebody waits to see something: a third of the time that the whole library takes. A ptychography frame alone has no object to solve.
     quick = TrainSettings(library=0 if twin.scan() is not None else 48, starts=3)
     with progress() as report:
@@ -193,21 +298,29 @@ def check(
 def replay(
     file: Annotated[str, typer.Argument(help="CXI, NeXus/HDF5 (FILE::/path/in/file), .npy or a folder of TIFFs.")],
     to: ToOption = "tcp://127.0.0.1:31001",
-    wire: Annotated[str, typer.Option(help="Wire format: dectris-v2.")] = "dectris-v2",
+    wire: WireOption = "dectris-v2",
     rate: Annotated[float, typer.Option(min=0.001, help="Frames a second.")] = 100.0,
     frames: FramesOption = ":",
+    framing: FramingOption = None,
+    header_detail: DetailOption = None,
+    encoding: EncodingOption = None,
+    trouble: FaultsOption = None,
+    seed: SeedOption = None,
 ) -> None:
     """A recorded beamtime, on the wire: each frame as the detector would send it, with its position where the file has one.
 
     Example: streamprior replay scan.cxi --to tcp://127.0.0.1:31001 --frames 1::2 --rate 100
     """
+    from streamprior_sim.faults import counts_of
+    from streamprior_sim.wires import wire_of
+
     from streamprior.sources.files import open_recording
 
-    if wire != "dectris-v2":
-        raise typer.BadParameter(f"{wire!r} is not spoken in this version; use dectris-v2", param_hint="--wire")
     with faults():
+        spoken = wire_of(_given(kind=wire, framing=framing, header_detail=header_detail, encoding=encoding))
+        counts = counts_of(trouble or "")
         recording = open_recording(file, frames)
-        _send(recording, to, rate, f"replay {recording.path.name}")
+        _send(recording, to, rate, f"replay {recording.path.name}", spoken, counts, seed or 0)
 
 
 @app.command()
@@ -220,13 +333,23 @@ def twin(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the frames to a CXI file instead of sending them.")] = None,
     data: Annotated[Path | None, typer.Option(help="gold_balls: a published reconstruction (HDF5) in place of the made sample.")] = None,
+    wire: WireOption = None,
+    framing: FramingOption = None,
+    header_detail: DetailOption = None,
+    encoding: EncodingOption = None,
+    trouble: FaultsOption = None,
+    seed: SeedOption = None,
 ) -> None:
     """The digital twin: simulated frames of a physical forward model, on the wire or in a file.
 
-    Example: streamprior twin bragg --to tcp://127.0.0.1:31001 --rate 100
+    Wire and faults are the scenario's (dectris-v2 and none) unless told otherwise; what a correct receiver makes of them is printed.
+
+    Example: streamprior twin bragg --to tcp://127.0.0.1:9999 --wire dectris-v1 --framing parts --faults lost=3,truncated=1 --seed 7
     """
     from streamprior_sim.cxi import save as save_frames
+    from streamprior_sim.faults import counts_of
     from streamprior_sim.twin import Prerendered
+    from streamprior_sim.wires import wire_of
 
     if (to is None) == (save is None):
         raise typer.BadParameter("give either --to ADDRESS or --save FILE", param_hint="--to / --save")
@@ -238,20 +361,32 @@ def twin(
                 save_frames(made, save, slice(frames), lambda done, total: report("writing", done, total))
             return
         assert to is not None
+        own = made.scenario.wire
+        told = own.model_dump(exclude_unset=True) if wire in (None, own.kind) else {}
+        spoken = wire_of(told | _given(kind=wire, framing=framing, header_detail=header_detail, encoding=encoding))
+        counts = made.scenario.faults if trouble is None else counts_of(trouble)
         # Rendered beforehand: the physics of a frame takes longer than a fast detector gives it.
         wanted = frames or len(made)
         with progress() as report:
             rendered = Prerendered(made, min(wanted, len(made)), wanted, lambda done, total: report("rendering", done, total))
-        _send(rendered, to, rate or made.scenario.rate_hz, f"twin {scenario}")
+        chosen = made.scenario.seed if seed is None else seed
+        _send(rendered, to, rate or made.scenario.rate_hz, f"twin {scenario}", spoken, counts, chosen)
 
 
-def _send(recording: Any, to: str, rate: float, what: str) -> None:
-    from streamprior_sim.emit import emit, zmq_sender
+def _given(**options: str | None) -> dict[str, str]:
+    return {name: value for name, value in options.items() if value is not None}
 
-    with progress() as report, zmq_sender(to) as sender:
-        emitted = emit(recording, sender, rate, progress=lambda done, total: report(what, done, total))
+
+def _send(recording: Any, to: str, rate: float, what: str, wire: Any, counts: Mapping[str, int], seed: int) -> None:
+    from streamprior_sim.emit import foreseen, send
+    from streamprior_sim.faults import Trouble, scatter
+
+    trouble = Trouble(scatter(counts, len(recording), seed), seed)
+    with progress() as report:
+        emitted = send(recording, to, rate, wire, trouble, lambda done, total: report(what, done, total))
     late = f", {emitted.late} later than their turn" if emitted.late else ""
     err.print(f"{emitted.sent} messages sent in {emitted.seconds:.1f} s{late}", highlight=False)
+    err.print(foreseen(recording, wire, trouble).sentence(len(recording)), highlight=False, soft_wrap=True)
 
 
 @app.command()

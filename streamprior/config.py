@@ -106,6 +106,8 @@ class DocumentsSettings(_Room):
     containers are unpickled, everything else is quarantined."""
     image: str | None = None
     """Data key of the frames; empty: the only two-dimensional one."""
+    stream: str | None = None
+    """Stream of events that frames are taken from; empty: the first that has the image. A scan with dark frames before it has two."""
     folders: tuple[Path, ...] = ()
     """Files that documents refer to are read from these folders and those within them, nowhere else."""
     moved: dict[str, Path] = {}

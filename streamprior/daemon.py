@@ -7,8 +7,9 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,14 +34,16 @@ from streamprior.runs import Runs
 from streamprior.seams import Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
 from streamprior.sinks.archive import Archive
+from streamprior.sinks.bluesky_run import RunDocuments
 from streamprior.sinks.catalog import Catalog
 from streamprior.sinks.live import LatestArrays
 from streamprior.sinks.page import LivePage
 from streamprior.sinks.prometheus import Prometheus
-from streamprior.sources.files import AsRead, FileSource, open_recording
-from streamprior.sources.zmq import ZmqPull
+from streamprior.sources.files import AsRead, file_source, open_recording
+from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import check_shape
 from streamprior.stages.recipe import Recipe
+from streamprior.wire.dectris_v1 import StreamV1Decoder
 from streamprior.wire.dectris_v2 import StreamV2Decoder
 
 log = structlog.get_logger(__name__)
@@ -61,22 +64,23 @@ class Daemon:
     readings: Source | None
     pipeline: Pipeline
     archive: Archive
-    catalog: Catalog | None
+    mirrors: Mapping[str, Catalog | RunDocuments]
     server: HttpServer
     mosaic: MosaicRoom | None = None
 
 
-def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
+def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = None) -> Daemon:
     """Make every object and connect them. Nothing is opened yet but the prior.
 
-    `watches` are put behind the recipe's own (the demo's stopwatch). Raises ConfigError.
+    `watches` are put behind the recipe's own (the demo's stopwatch). `feed` hands over documents from this process in place of the socket
+    of a source of documents. Raises ConfigError.
     """
     prior = load_prior(config.prior)
     recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe)
-    frames = _frames(config)
+    frames = _frames(config, feed)
     readings = _readings(config)
     joiner = Joiner(config.positions, separate=readings is not None)
-    catalog, archive, live = _sinks(config, prior, recipe)
+    mirrors, archive, live = _sinks(config, prior, recipe)
     sinks: list[Sink] = [archive, *live]
     ledger = Ledger(sink.name for sink in sinks if sink.complete)
     page = LivePage(prior)
@@ -126,11 +130,11 @@ def build(config: Config, watches: Sequence[Watch] = ()) -> Daemon:
     def ready() -> dict[str, bool]:
         state = {f"sink_{outbox.sink.name}": outbox.up for outbox in outboxes}
         state |= {"path": bool(pipeline.started and pipeline.failure is None)}
-        return state | ({"tiled": catalog.up} if catalog is not None else {})
+        return state | {name: mirror.up for name, mirror in mirrors.items()}
 
     server = HttpServer(make_app(meters, ledger, page, ready), config.http)
     return Daemon(
-        config, recipe, ledger, frames.source, readings.source if readings is not None else None, pipeline, archive, catalog, server, room
+        config, recipe, ledger, frames.source, readings.source if readings is not None else None, pipeline, archive, mirrors, server, room
     )
 
 
@@ -155,8 +159,8 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         if daemon.readings is not None:
             daemon.readings.open()
         drained = _serve(daemon, until)
-        if daemon.catalog is not None:
-            daemon.catalog.close(daemon.config.runs.drain_s if drained else 0.0)
+        for mirror in daemon.mirrors.values():
+            mirror.close(daemon.config.runs.drain_s if drained else 0.0)
     finally:
         daemon.server.stop()
     if daemon.pipeline.failure is not None or not daemon.ledger.is_balanced():
@@ -167,8 +171,8 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
 def _serve(daemon: Daemon, until: Callable[[], bool]) -> bool:
     """From the first message to the last; False when the path was left before it was empty."""
     with _Signals() as signals:
-        if daemon.catalog is not None:
-            daemon.catalog.start()
+        for mirror in daemon.mirrors.values():
+            mirror.start()
         daemon.pipeline.start()
         log.info("ready", page=daemon.server.url, source=getattr(daemon.source, "address", daemon.source.name))
         # A room that failed ends this too: another one may be stuck in a call to the world, and the path then never ends by itself.
@@ -216,24 +220,52 @@ class _Signals:
         self.count += 1
 
 
-def _frames(config: Config) -> Wire:
-    """What frames come over."""
+def _frames(config: Config, feed: Source | None) -> Wire:
+    """What frames come over. The sources that need an extra, or a client of their own, are imported where they are asked for."""
     settings = config.source
-    if settings.kind == "file":
-        source = FileSource(settings)
-        if settings.path is not None:
-            open_recording(settings.path, settings.frames)
-        return Wire(source, AsRead())
-    return Wire(ZmqPull(settings), StreamV2Decoder(settings.name, settings.channel, settings.max_message_mb * _MIB))
+    most = settings.max_message_mb * _MIB
+    if settings.kind == "dectris_v2":
+        return Wire(ZmqPull(settings), StreamV2Decoder(settings.name, settings.channel, most))
+    if settings.kind == "dectris_v1":
+        return Wire(ZmqPull(settings), StreamV1Decoder(settings.name, most))
+    if settings.kind == "documents":
+        return _documents(config, feed)
+    if settings.kind == "tiled":
+        from streamprior.sources.tiled import tiled_source
+
+        return Wire(tiled_source(settings, config.tiled, config.positions), AsRead())
+    if settings.path is not None and not settings.follow_s:
+        open_recording(settings.path, settings.frames, settings.skip)  # a file that is not there shows before anything starts
+    return Wire(file_source(settings), AsRead())
+
+
+def _documents(config: Config, feed: Source | None) -> Wire:
+    """Frames in or behind documents: from this process, from a file or from a socket."""
+    from streamprior.sources.document_feeds import DocumentFile
+    from streamprior.sources.documents import DocumentsDecoder
+
+    settings = config.source
+    most = settings.max_message_mb * _MIB
+    decoder = DocumentsDecoder(settings.name, config.documents, config.positions, True, most)
+    if feed is None and settings.path is not None:
+        feed = DocumentFile(settings)
+    return Wire(feed or ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most), decoder)
 
 
 def _readings(config: Config) -> Wire | None:
     """What positions come over, where that is another wire."""
-    return None
+    positions, settings = config.positions, config.source
+    if positions.address is None:
+        return None
+    from streamprior.sources.documents import DocumentsDecoder
+
+    most, name = settings.max_message_mb * _MIB, f"{settings.name}-positions"
+    source = ZmqSubscribe(name, positions.address, positions.attach, settings.high_water_mark, most, "positions.address")
+    return Wire(source, DocumentsDecoder(source.name, config.documents, positions, False, most))
 
 
-def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None, Archive, list[Sink]]:
-    """The archive, and Tiled beside it where the configuration names one."""
+def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[dict[str, Catalog | RunDocuments], Archive, list[Sink]]:
+    """The archive, what mirrors it in Tiled where the configuration names one, and what shows the newest there."""
     provenance = {
         "prior_hash": prior.content_hash,
         "configuration_hash": config.content_hash,
@@ -241,17 +273,23 @@ def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[Catalog | None
         "recipe": config.recipe,
         "device": device(),
     }
-    catalog: Catalog | None = None
+    mirrors: dict[str, Catalog | RunDocuments] = {}
     live: list[Sink] = []
     if config.tiled.uri is not None:
         key = tiled_api_key(config.tiled)
-        catalog = Catalog(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
+        mirrors["tiled"] = Catalog(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
+        if config.tiled.documents:
+            mirrors["tiled_documents"] = RunDocuments(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
         live.append(LatestArrays(config.tiled.uri, key, config.tiled.parent, config.tiled.live_hz))
-    growth = catalog.announce if catalog is not None else lambda folder: None
+
+    def growth(folder: Path) -> None:
+        for mirror in mirrors.values():
+            mirror.announce(folder)
+
     archive = Archive(
         config.archive.folder, prior, provenance, growth, recipe.drift_columns, config.archive.chunk_frames, config.recipe != "ptycho"
     )
-    return catalog, archive, live
+    return mirrors, archive, live
 
 
 def _mosaic(config: Config, prior: Prior, outboxes: Sequence[Outbox], hurry: Callable[[], bool], meters: Meters) -> MosaicRoom:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +69,14 @@ def run(settings: DemoSettings, place: Path, prior: Path, out: Console) -> int:
     """Start everything, wait (for the run's end when headless, for Ctrl-C otherwise), print the summary. Returns the exit code."""
     archive = place / "archive"
     archive.mkdir(exist_ok=True)
-    with out.status("starting Tiled, which takes some seconds"), _tiled(place, archive) as tiled:
+    with out.status("starting Tiled, which takes some seconds"), tiled_beside(place, [archive]) as tiled:
         stopwatch = Stopwatch()
         config = make_config(
             {
                 "prior": str(prior),
                 "source": {"address": "tcp://127.0.0.1:*", "name": "twin"},
                 "archive": {"folder": str(archive)},
-                "tiled": {"uri": tiled.uri, "api_key_file": str(_key_file(place, tiled))},
+                "tiled": {"uri": tiled.uri, "api_key_file": str(key_file(place, tiled))},
                 "http": {"port": settings.port},
                 "log": {"level": "warning"},
                 **({"recipe": "ptycho", "mosaic": {"probe": str(settings.probe)}} if settings.probe is not None else {}),
@@ -95,7 +95,9 @@ def _play(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatch, 
     def until() -> bool:
         """Called over and over by the daemon: starts the twin once the socket is there, and says when the run is over."""
         if not twins:
-            _print_places(running, tiled, archive, settings, out)
+            print_places(running, tiled, archive, out)
+            ending = "ends by itself" if settings.headless else "Ctrl-C ends it"
+            out.print(f"{settings.frames} frames of scenario {settings.scenario} at {settings.rate_hz:g} Hz; {ending}", highlight=False)
             twins.append(_start_twin(settings, running.source))
         accounts = running.ledger.runs()
         if twins[0].poll() not in (None, 0) and not accounts:
@@ -121,22 +123,25 @@ def _start_twin(settings: DemoSettings, source: Any) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def _tiled(place: Path, archive: Path) -> Iterator[EmbeddedTiled]:
+def tiled_beside(place: Path, readable: Sequence[Path]) -> Iterator[EmbeddedTiled]:
+    """A Tiled in this folder that may read those. Raises ConfigError where it does not start."""
     try:
-        with embedded_tiled(place / "tiled", [archive]) as tiled:
+        with embedded_tiled(place / "tiled", readable) as tiled:
             yield tiled
     except SinkUnavailable as error:
-        raise ConfigError(f"demo: {error}") from None
+        raise ConfigError(f"{place}: {error}") from None
 
 
-def _key_file(place: Path, tiled: EmbeddedTiled) -> Path:
+def key_file(place: Path, tiled: EmbeddedTiled) -> Path:
+    """The server's key, in a file that only its owner reads."""
     file = place / "tiled-api-key"
     file.touch(mode=0o600)
     file.write_text(tiled.api_key)
     return file
 
 
-def _print_places(running: daemon.Daemon, tiled: EmbeddedTiled, archive: Path, settings: DemoSettings, out: Console) -> None:
+def print_places(running: daemon.Daemon, tiled: EmbeddedTiled, archive: Path, out: Console) -> None:
+    """Where to look while it runs."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("live page", running.server.url)
     table.add_row("metrics", f"{running.server.url}/metrics")
@@ -145,8 +150,6 @@ def _print_places(running: daemon.Daemon, tiled: EmbeddedTiled, archive: Path, s
     table.add_row("in Python", f'tiled.client.from_uri("{tiled.uri}", api_key="{tiled.api_key}")["streamprior"]')
     table.add_row("archive", str(archive))
     out.print(table, soft_wrap=True)
-    ending = "ends by itself" if settings.headless else "Ctrl-C ends it"
-    out.print(f"{settings.frames} frames of scenario {settings.scenario} at {settings.rate_hz:g} Hz; {ending}", highlight=False)
 
 
 def _summary(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatch, archive: Path, out: Console) -> int:

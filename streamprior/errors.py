@@ -40,6 +40,8 @@ class WireError(ValueError):
     def __init__(self, reason: str, detail: str) -> None:
         if reason not in self.REASONS:
             raise AssertionError(f"unregistered quarantine reason {reason!r}")
+        # What a sender wrote (a uid, a path, a key) is of any length, and every refusal goes into the log.
+        detail = detail if len(detail) <= 1000 else f"{detail[:1000]}..."
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

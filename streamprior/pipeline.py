@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +24,7 @@ from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
 from streamprior.records import Frame, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
 from streamprior.runs import LateFrame, Runs
-from streamprior.seams import Admit, Decoded, Decoder, Keep, Message, Source, Watch
+from streamprior.seams import Admit, Decoded, Decoder, Keep, Message, Source, Watch, document_nbytes
 
 log = structlog.get_logger(__name__)
 
@@ -33,10 +33,6 @@ _BEAT_S = 0.1
 
 _GRACE_S = 0.5
 """How long a stop goes on taking what the socket holds."""
-
-
-_DOCUMENT_BYTES = 2000
-"""What a document from this very process counts for in the receive queue: it is there anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +56,7 @@ class Received:
         if isinstance(self.message, bytes):
             return len(self.message)
         if isinstance(self.message, tuple):
-            return sum(len(part) if isinstance(part, bytes) else _DOCUMENT_BYTES for part in self.message)
+            return sum(document_nbytes(part) if isinstance(part, Mapping) else len(part) for part in self.message)
         return self.message.nbytes
 
 

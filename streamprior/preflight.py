@@ -15,13 +15,17 @@ from streamprior.config import Config, HttpSettings, state_folder, tiled_api_key
 from streamprior.errors import ConfigError, PriorError, SinkUnavailable
 from streamprior.mosaic.scan import check_trust, first_probe
 from streamprior.prior import load_prior
+from streamprior.records import SeriesStart
+from streamprior.seams import Source
 from streamprior.server import HttpServer
 from streamprior.sinks.archive import claim
-from streamprior.sinks.tiled_api import probe
-from streamprior.sources.files import open_recording
-from streamprior.sources.zmq import ZmqPull
+from streamprior.sources.document_feeds import DocumentFile
+from streamprior.sources.files import file_source, open_recording
+from streamprior.sources.tiled import tiled_source
+from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import load_corrections
 from streamprior.stages.recipe import judges_chi2, plan_of
+from streamprior.tiled_api import probe
 
 _LEAST_FREE_BYTES = 10 * 2**30
 """10 GiB hold about 100,000 frames of 128 x 128 with objects of 64 x 64."""
@@ -101,16 +105,41 @@ def _mosaic(config: Config) -> str:
 
 def _source(config: Config) -> str:
     settings = config.source
+    if settings.kind in ("file", "tiled"):
+        return _recorded(config)
+    for folder in config.documents.folders if settings.kind == "documents" else ():
+        if not folder.is_dir():
+            raise ConfigError(f"documents.folders: {folder} is no folder; documents refer to files, which are read from there")
+    source: Source = ZmqPull(settings)
+    if settings.kind == "documents" and settings.path is not None:
+        source = DocumentFile(settings)
+    elif settings.kind == "documents":
+        most = settings.max_message_mb * 2**20
+        source = ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most)
+    source.open()
+    source.close()
+    if settings.kind == "documents" and settings.path is not None:
+        return f"{settings.path} can be read"
+    if settings.attach == "bind":
+        return f"{settings.address} can be bound"
+    return f"{settings.address} is well formed; whether anybody sends there shows only in a run"
+
+
+def _recorded(config: Config) -> str:
+    settings = config.source
+    if settings.kind == "file" and settings.follow_s:
+        file_source(settings).open()
+        return f"{settings.path}: followed until nothing new has come for {settings.follow_s:g} s"
     if settings.kind == "file":
         if settings.path is None:
             raise ConfigError("source.path: a file source needs the path of a recorded run")
-        return f"{settings.path}: {len(open_recording(settings.path, settings.frames))} frames"
-    socket = ZmqPull(settings)
-    socket.open()
-    socket.close()
-    if settings.attach == "bind":
-        return f"{settings.address} can be bound"
-    return f"{settings.address} is well formed; whether a detector sends there shows only in a run"
+        return f"{settings.path}: {len(open_recording(settings.path, settings.frames, settings.skip))} frames"
+    source = tiled_source(settings, config.tiled, config.positions)
+    source.open()
+    start = source.receive(0)
+    source.close()
+    assert isinstance(start, SeriesStart)
+    return f"run {start.series} in Tiled: {start.expected} frames"
 
 
 def _http(settings: HttpSettings) -> str:

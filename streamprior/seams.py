@@ -32,12 +32,20 @@ Message = bytes | Parts | Document | Decoded
 PathItem = RunStarted | Result | Positions | MosaicImage | RunEnded
 
 
+def document_nbytes(document: Mapping[str, Any]) -> int:
+    """What a document takes in memory, roughly: the arrays in it, and some for all the rest."""
+    data = document.get("data")
+    return 2000 + sum(getattr(value, "nbytes", 0) for value in data.values()) if isinstance(data, Mapping) else 2000
+
+
 class Source(Protocol):
     """Where raw messages come from. It owns a socket (or a file) and never decodes."""
 
     name: str
-    exhausted: bool
-    """True once nothing more can come: a file has an end, a socket has none."""
+
+    @property
+    def exhausted(self) -> bool:
+        """True once nothing more can come: a file has an end, a socket has none."""
 
     def open(self) -> None:
         """Bind or connect. Raises ConfigError where the operator must act (port taken, no such file)."""

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 import pytest
 from streamprior_sim.emit import stream
-from streamprior_sim.faults import Fault, forecast, inject
+from streamprior_sim.faults import Fault, Trouble, forecast
 
 import streamprior as sp
 from streamprior.prior import Prior
@@ -258,7 +258,7 @@ def hostile(image: bytes) -> list[tuple[bytes, str]]:
         (b"", "not_cbor"),
         (b"\xff" * 50, "not_cbor"),
         (image[: len(image) // 3], "not_cbor"),
-        (b"GET / HTTP/1.1\r\n\r\n", "not_stream_v2"),  # its first letter announces seven bytes, which is a whole CBOR item
+        (b"GET / HTTP/1.1\r\n\r\n", "not_cbor"),  # its first letter announces seven bytes, which is a whole CBOR item; more follow
         (cbor2.dumps(42), "not_stream_v2"),
         (cbor2.dumps({"type": "picture"}), "not_stream_v2"),
         (altered(image, image_id="seven"), "bad_index"),
@@ -289,7 +289,7 @@ FAULTS = (
 def test_rubbish_between_good_frames_is_quarantined_by_reason_and_every_good_frame_is_published(beamtime: Beamtime, recording: str) -> None:
     number, running = 36, beamtime.running
     good = open_recording(recording, f"80:{80 + number}")
-    messages = list(inject(stream(good, None, unique_id="hostile"), FAULTS, oversized_bytes=2**20 + 1))
+    messages = list(stream(good, None, trouble=Trouble(FAULTS, oversized_bytes=2**20 + 1), unique_id="hostile"))
     rubbish = hostile(messages[1])
     expected = forecast(FAULTS, number)
     reasons = Counter(expected.quarantined) + Counter(reason for _, reason in rubbish)

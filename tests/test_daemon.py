@@ -192,7 +192,7 @@ def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path)
     idle = SimpleNamespace(warm_up=lambda: None, start=lambda: None, stop=lambda: None, open=lambda: None, url="")
     codes: list[int] = []
     process = threading.Thread(
-        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, None, house.path, idle, None, idle))), daemon=True
+        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, None, house.path, idle, {}, idle))), daemon=True
     )
     process.start()
     process.join(30)

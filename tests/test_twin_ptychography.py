@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamprior_sim.cxi import save
-from streamprior_sim.emit import stream
-from streamprior_sim.faults import KINDS, Fault, forecast, inject, scatter
+from streamprior_sim.emit import records, stream
+from streamprior_sim.faults import KINDS, Fault, Trouble, forecast, inject, scatter
 from streamprior_sim.gold_balls import Scan
 from streamprior_sim.optics import far_field, intensity, partially_coherent, propagated, ramp, zone_plate_probe
 from streamprior_sim.scenario import load_scenario
 from streamprior_sim.twin import Prerendered, Twin, build
+from streamprior_sim.wires import STREAM_V2, Sensor, dialect
 
 from streamprior.errors import ConfigError, WireError
 from streamprior.records import Frame
@@ -297,7 +300,17 @@ def test_the_hard_day_is_the_same_frame_by_frame_in_any_order() -> None:
 # --- on the wire and in a file -----------------------------------------------------------------------------------------------------
 
 FRAMES = 40
-CLEAN = list(stream(Prerendered(twin(), 5, FRAMES), None))
+DATE = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
+RECORDS = list(records(Prerendered(twin(), 5, FRAMES), range(FRAMES), 100.0, "S1", DATE))
+
+
+def rough(*faults: Fault, seed: int = 0) -> list[bytes]:
+    """The same series on stream V2, with faults."""
+    speech = dialect(STREAM_V2, Sensor(RECORDS[1].counts.dtype, DATE, 0.01), 1)
+    return [message for (message,) in itertools.chain(*inject(RECORDS, Trouble(faults, seed, 1000), STREAM_V2, speech))]
+
+
+CLEAN = rough()
 
 
 def positions_of(messages: list[bytes]) -> dict[int, tuple[float, float]]:
@@ -326,20 +339,30 @@ def user_data(message: bytes) -> dict[str, Any]:
 ALL_POSITIONS = positions_of(CLEAN)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(set(KINDS) - {"oversized"})), st.integers(1, 3)), st.integers(0, 1000))
+# What changes the numbers of images, and what a receiver of V2 at no limit takes for whole, is left to test_wire_table.
+ON_V2 = sorted(kind for kind in KINDS if "dectris-v2" in KINDS[kind].reasons and kind not in ("oversized", "series_changes"))
+
+
+def one_at_most(counts: dict[str, int]) -> bool:
+    """Of the faults that each say which part of a series comes."""
+    return sum(kind in ("two_receivers", "late_subscriber", "aborted") for kind in counts) <= 1
+
+
+@given(st.dictionaries(st.sampled_from(ON_V2), st.integers(1, 3)).filter(one_at_most), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_the_positions_that_come_are_those_that_were_forecast(counts: dict[str, int], seed: int) -> None:
     faults = scatter(counts | {"position_late": 3}, FRAMES, seed)
-    known = positions_of(list(inject(CLEAN, faults, seed)))
+    known = positions_of(rough(*faults, seed=seed))
     told = forecast(faults, FRAMES)
     assert sorted(known) == list(told.positions)
     assert known == {index: ALL_POSITIONS[index] for index in told.positions}
-    assert len(told.published) - len(told.positions) == counts.get("position_missing", 0)
+    silent = {fault.index for fault in faults if fault.kind == "position_missing"}
+    assert set(told.published) - set(told.positions) == silent & set(told.published)
 
 
 def test_a_frame_without_a_position_keeps_everything_else() -> None:
     faults = [Fault("position_missing", 7)]
-    messages = list(inject(CLEAN, faults))
+    messages = rough(*faults)
     assert [index for index, (a, b) in enumerate(zip(messages, CLEAN, strict=True)) if a != b] == [8]
     assert user_data(messages[8]) == {"origin": user_data(CLEAN[8])["origin"]}
     before, after = (StreamV2Decoder("twin").decode(message, 0.0)[0] for message in (CLEAN[8], messages[8]))
@@ -363,7 +386,7 @@ def test_a_frame_without_a_position_keeps_everything_else() -> None:
 def test_a_late_position_comes_with_the_first_whole_image_three_later_or_with_the_last(
     faults: list[Fault], carried: dict[int, list[int]]
 ) -> None:
-    messages = list(inject(CLEAN, faults))
+    messages = rough(*faults)
     decoder = StreamV2Decoder("twin")
     found: Counter[tuple[int, int]] = Counter()
     for message in messages:

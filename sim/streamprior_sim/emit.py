@@ -1,21 +1,24 @@
-"""A recording -> DECTRIS stream V2 messages -> a socket, at a fixed rate."""
+"""A recording -> the messages of a wire, with faults among them where they are asked for -> a socket, at a fixed rate."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import zmq
 
 from streamprior.errors import ConfigError, SinkUnavailable
-from streamprior.wire.dectris_v2 import encode_end, encode_image, encode_start
-from streamprior_sim.faults import Fault, inject
+from streamprior.records import Frame, SeriesEnd, SeriesStart
+from streamprior.seams import Document, Parts
+from streamprior_sim.faults import NO_TROUBLE, Forecast, Trouble, forecast, inject
 from streamprior_sim.twin import Progress, Recording
+from streamprior_sim.wires import STREAM_V2, Sensor, Wire, dialect
 
 _HIGH_WATER = 200
 """Messages that wait in the sender: 2 s at 100 Hz. Beyond it `send` blocks, as a detector's buffer would fill."""
@@ -23,16 +26,19 @@ _HIGH_WATER = 200
 _LINGER_MS = 5000
 """How long a closing socket waits for the receiver to take the last messages."""
 
+Message = bytes | Parts
+"""What a socket sends at once: a message of one part is its bytes."""
+
 
 class Sender(Protocol):
-    """Where messages go."""
+    """Where messages go, or documents."""
 
-    def send(self, message: bytes) -> None: ...
+    def send(self, message: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """What `emit` did: messages sent, seconds it took, messages that left more than a period after their time."""
+    """What `emit` did: messages sent, seconds it took, turns that came more than a period after their time."""
 
     sent: int
     seconds: float
@@ -45,78 +51,139 @@ def emit(
     rate_hz: float | None,
     frames: slice | None = None,
     progress: Progress | None = None,
-    faults: Sequence[Fault] = (),
+    wire: Wire = STREAM_V2,
+    trouble: Trouble = NO_TROUBLE,
 ) -> Emitted:
-    """Send a recording as one series.
+    """Send a recording as one series of a DECTRIS stream.
 
     Parameters
     ----------
     recording : a `Twin` renders some hundred frames a second; wrap it in `Prerendered` for more.
     sender : for example `zmq_sender(address)`.
-    rate_hz : messages a second, None as fast as the receiver takes them.
+    rate_hz : images a second, None as fast as the receiver takes them.
     frames : which of the recording's frames; the wire numbers them from 0, `origin` keeps their index in the recording.
-    progress : called with (messages sent, messages in all) after each one.
-    faults : what goes wrong on the way (`faults.inject`); their indices are the wire's.
+    progress : called with (start, images and end sent, of how many) after each one.
+    wire : what is spoken. trouble : what goes wrong on the way; its indices are the wire's.
 
     Raises
     ------
+    ConfigError
+        The faults contradict each other or the wire, or no frame is left.
     SinkUnavailable
         The receiver took nothing for the sender's timeout.
     """
-    total = len(range(*(frames or slice(None)).indices(len(recording)))) + 2
-    messages: Iterable[bytes] = stream(recording, rate_hz, frames)
-    if faults:
-        messages = inject(messages, faults)
-    return pace(messages, sender, rate_hz, None if progress is None else lambda sent: progress(min(sent, total), total))
+    total = len(_chosen(recording, frames)) + 2
+    turns = _turns(recording, rate_hz, frames, wire, trouble)
+    return pace(turns, sender, rate_hz, None if progress is None else lambda done: progress(min(done, total), total))
+
+
+def foreseen(recording: Recording, wire: Wire, trouble: Trouble, frames: slice | None = None) -> Forecast:
+    """What a correct receiver makes of what `emit` sends. Raises ConfigError where the faults contradict each other or the wire."""
+    return forecast(trouble.faults, len(_chosen(recording, frames)), wire)
+
+
+def send(recording: Recording, to: str, rate_hz: float | None, wire: Wire, trouble: Trouble, progress: Progress | None = None) -> Emitted:
+    """Send a recording over `wire` to the address "tcp://HOST:PORT": a receiver of a DECTRIS stream, or a proxy or subscriber of documents.
+
+    Raises
+    ------
+    ConfigError
+        As `emit`; or nobody listens there.
+    SinkUnavailable
+        As `emit`.
+    """
+    foreseen(recording, wire, trouble)
+    if wire.kind != "documents":
+        with zmq_sender(to) as sender:
+            return emit(recording, sender, rate_hz, None, progress, wire, trouble)
+    from streamprior_sim.documents import documents, zmq_publisher
+
+    total = len(recording) + 3  # start, descriptor and stop
+    with zmq_publisher(to) as publisher:
+        run = ((document,) for document in documents(recording, rate_hz))
+        return pace(run, publisher, rate_hz, None if progress is None else lambda done: progress(min(done, total), total))
 
 
 def stream(
     recording: Recording,
     rate_hz: float | None,
     frames: slice | None = None,
-    series: int = 1,
+    wire: Wire = STREAM_V2,
+    trouble: Trouble = NO_TROUBLE,
     unique_id: str | None = None,
-    compression: str | None = "bslz4",
-) -> Iterator[bytes]:
-    """A start message, the images in order, an end message; each is encoded when it is asked for.
+    series: int = 1,
+) -> Iterator[Message]:
+    """The messages of one series; each is encoded when it is asked for.
 
     The detector's clock begins at the first image; with a rate, frame k is stamped k / rate_hz later, otherwise when it is encoded.
+
+    Parameters
+    ----------
+    unique_id : the series' name on stream V2, one is made where it is None. series : its number; all that stream V1 knows it by.
     """
-    chosen = range(*(frames or slice(None)).indices(len(recording)))
-    name = unique_id or f"{recording.name}-{uuid.uuid4().hex[:12]}"
-    exposure_s = 1 / rate_hz if rate_hz else 0.0
-    first = recording.frame(chosen[0]) if chosen else None
-    if first is None:
-        raise ConfigError(f"{recording.name}: no frame is left of {len(recording)} by {frames}; choose others")
-    yield encode_start(series, name, recording.detector(), len(chosen), first.dtype, {"name": recording.name})
-    date, began = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    return itertools.chain.from_iterable(_turns(recording, rate_hz, frames, wire, trouble, unique_id, series))
+
+
+def records(
+    recording: Recording, chosen: range, rate_hz: float | None, name: str, date: datetime.datetime
+) -> Iterator[SeriesStart | Frame | SeriesEnd]:
+    """A start, the chosen frames as images in order, an end; each is rendered when it is asked for. date : of the first image."""
+    yield SeriesStart(recording.name, name, len(chosen), recording.detector(), {"name": recording.name})
+    began = time.perf_counter()
     for number, index in enumerate(chosen):
-        user_data: dict[str, object] = {"origin": recording.origin(index)}
-        position = recording.position(index)
-        if position is not None:
-            user_data["position_m"] = list(position)
         elapsed_s = number / rate_hz if rate_hz else time.perf_counter() - began
-        yield encode_image(series, name, number, recording.frame(index), elapsed_s, date, exposure_s, user_data, compression)
-    yield encode_end(series, name)
+        place, origin = recording.position(index), recording.origin(index)
+        yield Frame(recording.name, name, number, recording.frame(index), 0.0, date.timestamp() + elapsed_s, place, origin)
+    yield SeriesEnd(recording.name, name)
 
 
-def pace(messages: Iterable[bytes], sender: Sender, rate_hz: float | None, progress: Callable[[int], None] | None = None) -> Emitted:
-    """Send messages at a fixed rate: message n leaves at n / rate_hz after the first, so that one delay does not move the rest."""
+def _turns(
+    recording: Recording,
+    rate_hz: float | None,
+    frames: slice | None,
+    wire: Wire,
+    trouble: Trouble,
+    unique_id: str | None = None,
+    series: int = 1,
+) -> Iterator[tuple[Message, ...]]:
+    """The messages that leave together, at one period's distance from the next ones: many parts may be one image."""
+    chosen = _chosen(recording, frames)
+    if trouble.faults:
+        forecast(trouble.faults, len(chosen), wire)  # what is wrong with them is said before the first message leaves
+    name = str(series) if wire.kind == "dectris-v1" else unique_id or f"{recording.name}-{uuid.uuid4().hex[:12]}"
+    date, dtype = datetime.datetime.now(datetime.UTC), recording.frame(chosen[0]).dtype
+    told = records(recording, chosen, rate_hz, name, date)
+    for messages in inject(told, trouble, wire, dialect(wire, Sensor(dtype, date, 1 / rate_hz if rate_hz else 0.0), series)):
+        yield tuple(parts[0] if len(parts) == 1 else parts for parts in messages)
+
+
+def _chosen(recording: Recording, frames: slice | None) -> range:
+    chosen = range(*(frames or slice(None)).indices(len(recording)))
+    if not chosen:
+        raise ConfigError(f"{recording.name}: no frame is left of {len(recording)} by {frames}; choose others")
+    return chosen
+
+
+def pace(
+    turns: Iterable[tuple[Message | Document, ...]], sender: Sender, rate_hz: float | None, progress: Callable[[int], None] | None = None
+) -> Emitted:
+    """Send at a fixed rate: turn n leaves at n / rate_hz after the first, so that one delay does not move the rest."""
     period_s = 1 / rate_hz if rate_hz else 0.0
     sent = late = 0
     began = time.perf_counter()
-    for message in messages:
-        if sent == 0:
+    for turn, messages in enumerate(turns):
+        if turn == 0:
             # The first message may have waited for a sample to be rendered.
             began = time.perf_counter()
         elif period_s:
-            ahead_s = began + sent * period_s - time.perf_counter()
+            ahead_s = began + turn * period_s - time.perf_counter()
             late += ahead_s < -period_s
             time.sleep(max(0.0, ahead_s))
-        sender.send(message)
-        sent += 1
+        for message in messages:
+            sender.send(message)
+        sent += len(messages)
         if progress is not None:
-            progress(sent)
+            progress(turn + 1)
     return Emitted(sent, time.perf_counter() - began, late)
 
 
@@ -159,8 +226,8 @@ class _Push:
         self._address = address
         self._timeout_s = timeout_s
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: Message) -> None:
         try:
-            self._socket.send(message)
+            self._socket.send_multipart((message,) if isinstance(message, bytes) else message)
         except zmq.Again:
             raise SinkUnavailable(f"{self._address} took no message for {self._timeout_s:g} s: is the receiver stuck or gone?") from None

@@ -50,6 +50,7 @@ class Scan:
     corners : (N, 2) float64, (row, column) of the probe window in the object, pixels: where the beam was on each frame.
     reported : (N, 2) float64, the same as the stage tells it; NaN where it tells nothing.
     pixel_m : pitch of object and probe along rows and columns, metres.
+    errors : (N, 2) float64, how far the beam was from where the stage stood, pixels.
     """
 
     object: npt.NDArray[np.complex64]
@@ -58,24 +59,54 @@ class Scan:
     reported: npt.NDArray[np.float64]
     pixel_m: tuple[float, float]
     beam: Beam
+    errors: npt.NDArray[np.float64]
 
-    def patch(self, index: int) -> npt.NDArray[np.complex64]:
-        """(H, W) complex64: the part of the object that frame `index` sees, the nearest whole pixels."""
-        row, column = np.rint(self.corners[index]).astype(np.int64)
+    @property
+    def reach_m(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """((first, last) along x, (first, last) along y): where the stage may stand, metres, its errors aside."""
+        last = np.array(self.object.shape, np.float64) - self.probe.shape[1:]
+        (left, top), (right, bottom) = self._place_m(np.zeros(2)), self._place_m(last)
+        return (left, right), (top, bottom)
+
+    def corner(self, index: int, position_m: tuple[float, float] | None = None) -> npt.NDArray[np.float64]:
+        """(row, column), pixels: where the beam is on frame `index`; with `position_m` (x, y) as if the stage stood there, its error added.
+
+        Raises ConfigError where the probe would leave the object.
+        """
+        if position_m is None:
+            return self.corners[index]
+        told = np.array(position_m[::-1]) / self.pixel_m - np.array(self.probe.shape[1:]) // 2
+        # A place that was a whole pixel before it was metres is one again, and is then rendered without interpolation.
+        corner = np.round(told + self.errors[index], 6)
+        if not ((np.rint(corner) >= 0).all() and (np.rint(corner) + self.probe.shape[1:] <= self.object.shape).all()):
+            (left, right), (top, bottom) = ((first * 1e6, last * 1e6) for first, last in self.reach_m)
+            raise ConfigError(
+                f"the probe at x {position_m[0] * 1e6:.4g}, y {position_m[1] * 1e6:.4g} um leaves the sample; stay within"
+                f" x {left:.4g} to {right:.4g} um and y {top:.4g} to {bottom:.4g} um, or choose a scenario of more frames or larger steps"
+            )
+        return np.asarray(corner)
+
+    def patch(self, index: int, position_m: tuple[float, float] | None = None) -> npt.NDArray[np.complex64]:
+        """(H, W) complex64: the part of the object that frame `index` sees, the nearest whole pixels; `position_m` as in `corner`."""
+        row, column = np.rint(self.corner(index, position_m)).astype(np.int64)
         return self.object[row : row + self.probe.shape[1], column : column + self.probe.shape[2]]
 
     def probe_of(self, index: int) -> npt.NDArray[np.complex64]:
         """(modes, H, W) complex64: the probe of frame `index` on its patch; it holds the fraction of a pixel that the patch does not."""
-        return self._probes(index, np.zeros((1, 2)))[0]
+        return self._probes(index, self.corners[index], np.zeros((1, 2)))[0]
 
-    def photons(self, index: int, field: npt.NDArray[np.complex64]) -> npt.NDArray[np.float64]:
-        """Expected photons (H, W) float64 of frame `index`, its probe multiplied by `field` (H, W): flux and tilt."""
+    def photons(
+        self, index: int, field: npt.NDArray[np.complex64], position_m: tuple[float, float] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Expected photons (H, W) float64 of frame `index`, its probe multiplied by `field` (H, W): flux and tilt. `position_m` as in
+        `corner`."""
         weights, offsets = _shakes(self.beam.vibration_px)
-        shaken = self._probes(index, offsets) * np.sqrt(weights, dtype=np.float32)[:, None, None, None] * field
+        patch, probes = self.patch(index, position_m), self._probes(index, self.corner(index, position_m), offsets)
+        shaken = probes * np.sqrt(weights, dtype=np.float32)[:, None, None, None] * field
         probe = shaken.reshape(-1, *field.shape)
         if self.beam.coherence_px is None:
-            return intensity(self.patch(index), probe)
-        return partially_coherent(self.patch(index), probe, self.beam.coherence_px)
+            return intensity(patch, probe)
+        return partially_coherent(patch, probe, self.beam.coherence_px)
 
     def position_m(self, index: int) -> tuple[float, float] | None:
         """(x, y) of the probe's centre as the stage reports it, metres from the object's first pixel: x along columns, y along rows."""
@@ -90,9 +121,8 @@ class Scan:
         x = (corner[1] + self.probe.shape[2] // 2) * self.pixel_m[1]
         return float(x), float(y)
 
-    def _probes(self, index: int, offsets_px: npt.NDArray[np.float64]) -> npt.NDArray[np.complex64]:
-        """(K, modes, H, W): the probe of frame `index` on its patch, moved by each of the offsets (K, 2)."""
-        corner = self.corners[index]
+    def _probes(self, index: int, corner: npt.NDArray[np.float64], offsets_px: npt.NDArray[np.float64]) -> npt.NDArray[np.complex64]:
+        """(K, modes, H, W): the probe of frame `index` on the patch at `corner`, moved by each of the offsets (K, 2)."""
         shifts_px = corner - np.rint(corner) + offsets_px
         defocus_m = self.beam.defocus_m_per_frame * index
         # On whole pixels nothing is transformed, so that not even rounding tells such a frame from one of a scan without fractions.
@@ -139,6 +169,7 @@ def _made(scenario: Scenario, settings: GoldBallSettings, pixel_m: tuple[float, 
         reported=corners,
         pixel_m=pixel_m,
         beam=Beam(scenario.energy_ev),
+        errors=np.zeros_like(corners),
     )
 
 
@@ -152,9 +183,11 @@ def _astray(told: Scan, scenario: Scenario, settings: GoldBallSettings) -> Scan:
     silent = silence.random(scenario.frames) < settings.position_missing_share
     rows, columns = told.pixel_m
     coherence_m, vibration_m = settings.coherence_um * 1e-6, settings.vibration_nm * 1e-9
+    errors = error_nm * 1e-9 / told.pixel_m
     return replace(
         told,
-        corners=reported + error_nm * 1e-9 / told.pixel_m,
+        corners=reported + errors,
+        errors=errors,
         reported=np.where(silent[:, None], np.nan, reported),
         beam=Beam(
             energy_ev=scenario.energy_ev,
@@ -273,4 +306,7 @@ def _published(scenario: Scenario, settings: GoldBallSettings, path: Path, pixel
     corners = places - places.min(0) + margin
     corners = corners if settings.subpixel else np.rint(corners)
     scale = np.sqrt(scenario.dose_photons / float((np.abs(probe) ** 2).sum()))
-    return Scan(full.astype(np.complex64), (probe * scale).astype(np.complex64), corners, corners, own_m, Beam(scenario.energy_ev))
+    beam = Beam(scenario.energy_ev)
+    return Scan(
+        full.astype(np.complex64), (probe * scale).astype(np.complex64), corners, corners, own_m, beam, errors=np.zeros_like(corners)
+    )

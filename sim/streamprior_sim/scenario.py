@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from streamprior.errors import ConfigError
+from streamprior_sim.faults import check_kind
+from streamprior_sim.wires import Wire
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -171,6 +173,14 @@ class DriftSettings(BaseModel):
     """Sudden changes."""
 
 
+def _known_fault(kind: str) -> str:
+    try:
+        check_kind(kind)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return kind
+
+
 class Scenario(BaseModel):
     """One experiment of the twin; the same scenario gives the same frames, by index."""
 
@@ -194,6 +204,10 @@ class Scenario(BaseModel):
     """The detector and its faults."""
     drift: DriftSettings = DriftSettings()
     """What changes during the run."""
+    wire: Wire = Wire()
+    """What the detector speaks."""
+    faults: dict[Annotated[str, AfterValidator(_known_fault)], Annotated[int, Field(ge=1)]] = {}
+    """Kind of fault on the wire -> how many of it, on images drawn by `seed`; `streamprior twin --help` names the kinds."""
 
 
 # Which model holds the keys below a name in an error's location.
@@ -204,6 +218,7 @@ _SECTIONS: Mapping[str | int, type[BaseModel]] = {
     "detector": DetectorSettings,
     "drift": DriftSettings,
     "steps": StepSettings,
+    "wire": Wire,
 }
 
 

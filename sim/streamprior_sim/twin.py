@@ -48,6 +48,17 @@ class Truth:
     morphology: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Disturbance:
+    """What befalls the beam from outside, beside the scenario's own drift, for as long as somebody wants it.
+
+    flux : factor. centre_px : (rows, columns) that the beam moves on the detector, pixels.
+    """
+
+    flux: float = 1.0
+    centre_px: tuple[float, float] = (0.0, 0.0)
+
+
 class Recording(Protocol):
     """Anything with frames by index that can go on the wire or into a file: a twin, or a file that is replayed."""
 
@@ -79,7 +90,30 @@ class Twin:
 
     def frame(self, index: int) -> npt.NDArray[Any]:
         """(rows, columns) of the detector's dtype, counts. Raises IndexError outside 0 <= index < len."""
-        expected = self.expected(index)
+        return self.exposed(index)
+
+    def exposed(
+        self, index: int, position_m: tuple[float, float] | None = None, disturbance: Disturbance | None = None
+    ) -> npt.NDArray[Any]:
+        """Frame `index` as it is when something else than the scenario moves the stage or the beam.
+
+        Parameters
+        ----------
+        position_m : (x, y) of the probe on the sample, metres, as `position` tells it; the scenario's own where it is None.
+        disturbance : what befalls the beam beside the scenario's drift.
+
+        Returns
+        -------
+        (rows, columns) of the detector's dtype, counts; at its own position and undisturbed it is `frame`.
+
+        Raises
+        ------
+        IndexError
+            Outside 0 <= index < len.
+        ConfigError
+            The probe would leave the sample there, or the scenario has no stage (Bragg).
+        """
+        expected = self._expected(index, position_m, disturbance)
         if index in self.scenario.detector.no_data_frames:
             return no_data(self.scenario.detector)
         rng = np.random.default_rng([self.scenario.seed, index])
@@ -87,10 +121,20 @@ class Twin:
 
     def expected(self, index: int) -> npt.NDArray[np.float64]:
         """(rows, columns) photons that reach the detector on average, background aside. Raises IndexError outside 0 <= index < len."""
+        return self._expected(index)
+
+    def _expected(
+        self, index: int, position_m: tuple[float, float] | None = None, disturbance: Disturbance | None = None
+    ) -> npt.NDArray[np.float64]:
         self._check(index)
+        field = self._field(index)
+        if disturbance is not None:
+            field = field * np.sqrt(np.float32(disturbance.flux)) * ramp(self.scenario.detector.shape, disturbance.centre_px)
         if isinstance(self._source, Scan):
-            return self._source.photons(index, self._field(index))
-        return intensity(self._source.exit_wave(index) * self._field(index))
+            return self._source.photons(index, field, position_m)
+        if position_m is not None:
+            raise ConfigError(f"scenario {self.name}: there is no stage to move in {self.scenario.sample.kind}; leave the position out")
+        return intensity(self._source.exit_wave(index) * field)
 
     def truth(self, index: int) -> Truth:
         """What is behind frame `index`. Raises IndexError outside 0 <= index < len."""
