@@ -581,7 +581,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="Timed: classify, refine, mosaic, path, or all of them. Studies: crystals, measured, morphology, reuse, or prior for these"
+            help="Timed: classify, refine, mosaic, path, wire, or all of them. Studies: crystals, measured, morphology, reuse, or prior for these"
             " four; scans."
         ),
     ] = "all",

@@ -503,11 +503,11 @@ def test_arrays_in_user_data_are_named_and_not_spelled_out() -> None:
 @pytest.fixture
 def other_cbor2() -> dict[str, str]:
     """Environment of a Python that imports cbor2 5."""
-    folder = os.environ.get("STREAMPRIOR_CBOR2_5", "")
+    folder = os.environ.get("CBOR2_5_FOLDER", "")
     if not Path(folder, "cbor2").is_dir():
-        pytest.skip("no cbor2 5: pip install --target FOLDER 'cbor2<6', and set STREAMPRIOR_CBOR2_5 to the folder")
+        pytest.skip("no cbor2 5: pip install --target FOLDER 'cbor2<6', and set CBOR2_5_FOLDER to the folder")
     # Without the variable this test is skipped there.
-    return {key: value for key, value in os.environ.items() if key != "STREAMPRIOR_CBOR2_5"} | {"PYTHONPATH": folder}
+    return {key: value for key, value in os.environ.items() if key != "CBOR2_5_FOLDER"} | {"PYTHONPATH": folder}
 
 
 def test_all_of_this_holds_with_the_older_generation_of_cbor2(other_cbor2: dict[str, str]) -> None:

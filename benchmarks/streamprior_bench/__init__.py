@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamprior_bench import classify, crystals, measured, morphology, mosaic, path, refine, reuse, scans
+from streamprior_bench import classify, crystals, measured, morphology, mosaic, path, refine, reuse, scans, wire
 from streamprior_bench.measure import machine as machine
 
 BENCHMARKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "refine": refine.run,
     "mosaic": mosaic.run,
     "path": path.run,
+    "wire": wire.run,
 }
 """Name -> run(repeats), which yields a dict for each measurement as it is made."""
 

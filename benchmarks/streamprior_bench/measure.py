@@ -16,7 +16,12 @@ SECONDS = 0.2
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contestant.
+    """Median seconds of each contestant; see `timed`."""
+    return {name: statistics.median(times) for name, times in timed(contestants, repeats).items()}
+
+
+def timed(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call of each contestant.
 
     They run in turn, so that a slow moment of the machine hits all of them alike, after one call each that compiles and plans. A repeat
     is as many rounds as go into SECONDS, at least one.
@@ -33,7 +38,7 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int) -
             begun = time.perf_counter()
             work()
             spent[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(times) for name, times in spent.items()}
+    return spent
 
 
 def machine() -> dict[str, Any]:

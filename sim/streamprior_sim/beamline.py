@@ -76,7 +76,7 @@ def station(engine: RunEngine, twin: Twin, folder: Path, wire: str) -> tuple[Twi
 
     async def connected() -> tuple[TwinDetector, TwinMotors]:
         motors = twin_motors(twin)
-        detector = TwinDetector(twin, StaticPathProvider(UUIDFilenameProvider(), folder), wire=wire, motors=motors)
+        detector = TwinDetector(twin, StaticPathProvider(UUIDFilenameProvider(), folder.absolute()), wire=wire, motors=motors)
         for device in (detector, *motors):
             await device.connect()
         return detector, motors
