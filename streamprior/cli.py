@@ -581,8 +581,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="Timed: classify, refine, mosaic, path, wire, or all of them. Studies: crystals, measured, morphology, reuse, or prior for these"
-            " four; scans."
+            help="Timed: classify, refine, mosaic, path, wire, or all of them. Studies: crystals, measured, morphology, reuse, or prior for"
+            " these four; scans."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line each instead of a table.")] = False,
