@@ -62,13 +62,10 @@ class ZmqPull:
     def receive(self, timeout_s: float) -> bytes | Parts | None:
         """A message of one part is its bytes, one of several a tuple of them."""
         assert self._socket is not None
-        try:
-            parts = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            if not self._socket.poll(round(timeout_s * 1000)):
-                return None
-            parts = self._socket.recv_multipart()
-        return parts[0] if len(parts) == 1 else tuple(parts)
+        message = _at_once(self._socket)
+        if message is None and self._socket.poll(round(timeout_s * 1000)):
+            message = _at_once(self._socket)
+        return message
 
     def close(self) -> None:
         if self._socket is not None and self._context is not None:
@@ -139,16 +136,12 @@ class ZmqSubscribe:
     def receive(self, timeout_s: float) -> bytes | Parts | None:
         """A message of one part is its bytes, one of several, which no Bluesky publisher sends, a tuple of them."""
         assert self._socket is not None
-        try:
-            parts = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            # Only where nothing comes can the connection be gone.
-            if self._connected_anew():
-                return REFUSED_BY_TRANSPORT
-            if not self._socket.poll(round(timeout_s * 1000)):
-                return None
-            parts = self._socket.recv_multipart()
-        return parts[0] if len(parts) == 1 else tuple(parts)
+        message = _at_once(self._socket)
+        if message is None and self._connected_anew():  # only where nothing comes can the connection be gone
+            return REFUSED_BY_TRANSPORT
+        if message is None and self._socket.poll(round(timeout_s * 1000)):
+            message = _at_once(self._socket)
+        return message
 
     def close(self) -> None:
         if self._socket is not None and self._context is not None:
@@ -172,6 +165,14 @@ class ZmqSubscribe:
         self._socket.disconnect(self._endpoint)
         _bind_or_connect(self._socket, self._attach, self._endpoint, self._setting)
         return True
+
+
+def _at_once(socket: zmq.Socket[bytes]) -> bytes | Parts | None:
+    try:
+        parts = socket.recv_multipart(zmq.NOBLOCK)
+    except zmq.Again:
+        return None
+    return parts[0] if len(parts) == 1 else tuple(parts)
 
 
 def _bind_or_connect(socket: zmq.Socket[bytes], attach: Literal["bind", "connect"], address: str, setting: str) -> None:
