@@ -1,4 +1,4 @@
-"""Code and measurements -> reference pages for settings, metrics and command line, the benchmarks, and the example configuration.
+"""Code and measurements -> reference pages for settings, metrics and command line, wires, benchmarks, and the example configuration.
 
 `python docs/generate.py` writes them; tests/test_docs.py fails where one is stale.
 """
@@ -15,6 +15,7 @@ import typer.models
 from markdown_table import table
 from mosaic_page import mosaic_page
 from prior_page import prior_page
+from wires_page import wires_page
 
 from streamprior import cli, config
 from streamprior.errors import WireError
@@ -23,6 +24,17 @@ from streamprior.metrics import DROP_REASONS, Meters
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 """Files that `streamprior bench --json` printed; those of `bench prior` end in -prior.jsonl, of `bench scans` in -scans.jsonl."""
+
+_MEASURES = {
+    "classify": "one core, nanoseconds a pixel, counts to class ids and mean distance; the floor is a plain copy of the same bytes; naive"
+    " is scipy.ndimage with scikit-learn.",
+    "refine": "50 iterations of error reduction, one core; the floor is the 100 planned transforms alone.",
+    "mosaic": "a frame-pass is one frame put into one mosaic once, 128 x 128; the floor is its planned transforms alone, and beside it are"
+    " an ePIE in plain scipy and Pty-Chi's best rate.",
+    "path": "socket to archive, the sender sharing the cores; beside it the stages alone on as many threads.",
+    "wire": "one thread, messages of a DECTRIS stream to frames; beside it a bare parser and decompressor that check nothing.",
+}
+"""Benchmark -> what its numbers are of."""
 
 MADE = "<!-- Made from the code by `python docs/generate.py`; edits here are overwritten. -->\n\n"
 
@@ -38,6 +50,7 @@ def pages() -> dict[str, str]:
         + prior_page(ROOT / "docs" / "prior.md.in", max(RESULTS.glob("*-prior.jsonl"))),
         "docs/mosaic.md": MADE.replace("the code", "measurements")
         + mosaic_page(ROOT / "docs" / "mosaic.md.in", max(RESULTS.glob("*-scans.jsonl"))),
+        "docs/wires.md": MADE + wires_page(ROOT / "docs" / "wires.md.in"),
         "deploy/streamprior.yaml": config.example_yaml(),
     }
 
@@ -90,11 +103,7 @@ def benchmarks_page() -> str:
         f"{MADE}# Benchmarks\n",
         f"`streamprior bench --json > benchmarks/results/{newest.name}` on {machine['cpu']}, {machine['cores']} cores, load "
         f"{machine['load_1min']:.1f} at the start. Ratios are taken within the run; absolute times hold for this machine.\n",
-        "*classify*: one core, nanoseconds a pixel, counts to class ids and mean distance; the floor is a plain copy of the same bytes;"
-        " naive is scipy.ndimage with scikit-learn. *refine*: 50 iterations of error reduction, one core; the floor is the 100 planned"
-        " transforms alone. *mosaic*: a frame-pass is one frame put into one mosaic once, 128 x 128; the floor is its planned transforms"
-        " alone, and beside it are an ePIE in plain scipy and Pty-Chi's best rate. *path*: socket to archive, the sender sharing the cores;"
-        " beside it the stages alone on as many threads.\n",
+        " ".join(f"*{name}*: {words}" for name, words in _MEASURES.items() if any(line.get("benchmark") == name for line in lines)) + "\n",
     ]
     for name in dict.fromkeys(line["benchmark"] for line in lines if "benchmark" in line):
         rows = [{key: value for key, value in line.items() if key != "benchmark"} for line in lines if line.get("benchmark") == name]

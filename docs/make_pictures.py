@@ -1,8 +1,9 @@
-"""Measured scans and the digital twin -> the pictures of docs/gallery.md, docs/prior.md and docs/mosaic.md.
+"""Measured scans and the digital twin -> the pictures of docs/gallery.md, docs/prior.md, docs/mosaic.md and docs/bluesky.md.
 
-Run from the repository: python docs/make_pictures.py [FOLDER] [--only GROUP]. Groups are frames, prior and mosaic. Measured data are read
-from $STREAMPRIOR_DATA or ../shared/data; a picture whose data are absent is left out. Priors are grown on even frames, and every measured
-frame that is shown by itself is an odd one. Growing three priors takes some minutes.
+Run from the repository: python docs/make_pictures.py [FOLDER] [--only GROUP]. Groups are frames, prior, mosaic and beamtime. Measured
+data are read from $STREAMPRIOR_DATA or ../shared/data; a picture whose data are absent is left out. So is that of the beamtime, unless
+--beamtime names the folder of one: `streamprior beamtime gold_balls --headless --folder FOLDER`. Priors are grown on even frames, and every
+measured frame that is shown by itself is an odd one. Growing three priors takes some minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")  # there may be no display, and pyplot would look for one
 
 import numpy as np
+import pictures_beamtime
 import pictures_mosaic
 import pictures_prior
 from matplotlib import pyplot as plt
@@ -51,11 +53,16 @@ ENOUGH = 0.1
 """Part of the largest amplitude below which a phase means nothing and is not shown (docs/physics.md: where the amplitude exceeds 10 %)."""
 
 
-def main(folder: Path, only: str | None = None) -> None:
+def main(folder: Path, only: str | None = None, beamtime: Path | None = None) -> None:
     """Make the pictures of one group, or of all, whose data are at hand; says what was left out."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update(STYLE)
-    groups = {"frames": frame_pictures, "prior": prior_pictures, "mosaic": mosaic_pictures}
+    groups: dict[str, Callable[[], Iterator[tuple[str, Figure]]]] = {
+        "frames": frame_pictures,
+        "prior": prior_pictures,
+        "mosaic": mosaic_pictures,
+        "beamtime": lambda: beamtime_pictures(beamtime),
+    }
     for make in [groups[only]] if only is not None else groups.values():
         for name, figure in make():
             _save(figure, folder / f"{name}.png")
@@ -87,6 +94,13 @@ def mosaic_pictures() -> Iterator[tuple[str, Figure]]:
     for file in (SIEMENS, BALLS):
         _there(file)
     yield from pictures_mosaic.pictures(SIEMENS, BALLS, max(RESULTS.glob("*-scans.jsonl")))
+
+
+def beamtime_pictures(folder: Path | None) -> Iterator[tuple[str, Figure]]:
+    if folder is None:
+        sys.stderr.write("no --beamtime FOLDER: its picture is left out\n")
+    else:
+        yield from pictures_beamtime.pictures(folder)
 
 
 def _there(file: Path) -> bool:
@@ -269,5 +283,6 @@ def _save(figure: Figure, path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "pictures")
-    parser.add_argument("--only", choices=("frames", "prior", "mosaic"))
+    parser.add_argument("--only", choices=("frames", "prior", "mosaic", "beamtime"))
+    parser.add_argument("--beamtime", type=Path, help="folder of a simulated beamtime")
     main(**vars(parser.parse_args()))

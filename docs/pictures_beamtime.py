@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from pictures_mosaic import _extent, _framed, _phase, _shown
+from pictures_mosaic import extent_of, phase_of, where_lit
 
 from streamprior.config import DriftSettings
 from streamprior.mosaic.agreement import onto, well_lit
@@ -64,34 +64,42 @@ def _scan(folder: Path, number: int) -> Scan:
 
 def _timeline(axis: Any, scan: Scan) -> None:
     limit = DriftSettings().limit
-    axis.axhspan(-limit, limit, color="0.93", zorder=0, label=f"within {limit:g} deviations")
+    axis.axhspan(-limit, limit, color="0.87", zorder=0, label=f"within {limit:g} deviations")
     for after in np.flatnonzero(np.diff(scan.time) > PAUSE_S):
         begun, over = scan.time[after], scan.time[after + 1]
         axis.axvspan(begun, over, color="#f0e442", alpha=0.5, zorder=0, label=f"the plan is paused, {over - begun:.1f} s")
     axis.plot(scan.time[~scan.alarm], scan.score[~scan.alarm], ".", color=GOOD, ms=4, label="frames of scan 2")
     axis.plot(scan.time[scan.alarm], scan.score[scan.alarm], "o", color=ALARM, ms=5, label="frames while the alarm stands")
     axis.set(xlabel="s since the first frame of scan 2", ylabel="flux, deviations from the prior's")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(facecolor="white", framealpha=1, loc="lower right")
 
 
 def _images(figure: Any, first: MosaicImage, second: MosaicImage) -> None:
+    """Phase of both, on one scale, and what is left between them; cut to where light was."""
     axes = figure.subplots(1, 3)
+    scale = _scale(first)
     for axis, image, number in zip(axes, (first, second), (1, 2), strict=False):
-        shown = axis.imshow(_shown(image, _phase(image)), cmap="cividis", extent=_extent(image), **_phases(first))
+        phase = axis.imshow(where_lit(image, phase_of(image)), cmap="cividis", extent=extent_of(image), **scale)
         axis.set_title(f"phase, scan {number}: halves differ by {image.disagreement:.3f}")
-        _framed(axis, image)
-    figure.colorbar(shown, ax=axes[:2], label="phase, rad", shrink=0.8)
-    lit = well_lit(first.light)
-    left = np.abs(onto(first.object, second.object, lit) - first.object)
-    difference = axes[2].imshow(
-        np.where(np.isnan(_shown(first, first.light)), np.nan, left), cmap="viridis", vmin=0, vmax=0.5, extent=_extent(first)
-    )
-    axes[2].set_title("|scan 2 - scan 1|: the line of the frames\nthat were taken in half of the light")
-    _framed(axes[2], first)
+    left = np.abs(onto(first.object, second.object, well_lit(first.light)) - first.object)
+    difference = axes[2].imshow(where_lit(first, left), cmap="viridis", vmin=0, vmax=0.5, extent=extent_of(first))
+    axes[2].set_title("|scan 2 - scan 1|: the line that was begun\nin half of the light")
+    figure.colorbar(phase, ax=axes[:2], label="phase, rad", shrink=0.8)
     figure.colorbar(difference, ax=axes[2], shrink=0.8)
+    (left_px, right_px), (top_px, bottom_px) = _frame(first)
+    for axis in axes:
+        axis.set(xlim=(left_px, right_px), ylim=(bottom_px, top_px), facecolor="0.55", xlabel="object pixels")
 
 
-def _phases(image: MosaicImage) -> dict[str, float]:
-    """A common scale: what nearly all of the first image lies in."""
-    low, high = np.percentile(_phase(image)[well_lit(image.light)], (0.2, 99.8))
+def _scale(image: MosaicImage) -> dict[str, float]:
+    """What nearly all phases of the image lie in."""
+    low, high = np.percentile(phase_of(image)[well_lit(image.light)], (0.2, 99.8))
     return {"vmin": float(low), "vmax": float(high)}
+
+
+def _frame(image: MosaicImage) -> tuple[tuple[float, float], tuple[float, float]]:
+    """First and last column, first and last row of what was lit, with a margin, in the picture's coordinates."""
+    rows, columns = np.nonzero(~np.isnan(where_lit(image, image.light)))
+    left, _, _, top = extent_of(image)
+    margin = 6
+    return (left + columns.min() - margin, left + columns.max() + margin), (top + rows.min() - margin, top + rows.max() + margin)

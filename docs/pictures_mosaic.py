@@ -72,11 +72,11 @@ def growing(images: Sequence[MosaicImage]) -> Figure:
     axes = figure.subplots(3, len(images), sharex=True, sharey=True)
     brightest = float(images[-1].light.max())
     for column, image in enumerate(images):
-        phase = _shown(image, _phase(image))
-        first = axes[0, column].imshow(phase, cmap="cividis", vmin=-0.7, vmax=0.4, extent=_extent(image))
-        second = axes[1, column].imshow(image.light, cmap="viridis", vmin=0, vmax=brightest, extent=_extent(image))
+        phase = where_lit(image, phase_of(image))
+        first = axes[0, column].imshow(phase, cmap="cividis", vmin=-0.7, vmax=0.4, extent=extent_of(image))
+        second = axes[1, column].imshow(image.light, cmap="viridis", vmin=0, vmax=brightest, extent=extent_of(image))
         third = axes[2, column].imshow(
-            _shown(image, image.uncertainty), cmap="viridis", vmin=0, vmax=_largest(images), extent=_extent(image)
+            where_lit(image, image.uncertainty), cmap="viridis", vmin=0, vmax=_largest(images), extent=extent_of(image)
         )
         axes[0, column].set_title(
             f"{_stage(image)}\nhalves differ by {image.disagreement:.2f}\nhalf period {image.resolution / image.pixel[0]:.1f} px"
@@ -116,7 +116,7 @@ def probes(file: Path, refined: MosaicImage) -> Figure:
             shown = axis.imshow(np.abs(image.probe[mode]), cmap="viridis")
             axis.set_title(f"probe {name}: mode {mode + 1}, {power[mode] / power.sum():.0%} of the light")
             figure.colorbar(shown, ax=axis, shrink=0.75, label="modulus, root photons")
-        shown = row[2].imshow(_shown(image, _phase(image)), cmap="cividis", vmin=-0.7, vmax=0.4, extent=_extent(image))
+        shown = row[2].imshow(where_lit(image, phase_of(image)), cmap="cividis", vmin=-0.7, vmax=0.4, extent=extent_of(image))
         row[2].set_title(f"phase after all passes: halves differ by {image.disagreement:.2f}, chi² {image.chi2:.4f}")
         figure.colorbar(shown, ax=row[2], shrink=0.85, label="phase, rad")
         _framed(row[2:], image)
@@ -201,14 +201,14 @@ def _stage(image: MosaicImage) -> str:
     return f"{number} frames and the passes" if image.final else f"{number} frames"
 
 
-def _phase(image: MosaicImage) -> Any:
+def phase_of(image: MosaicImage) -> Any:
     """The phase, the median of its well lit part at 0: no intensity knows it."""
     lit = well_lit(image.light)
     turned = image.object * np.exp(-1j * np.angle(image.object[lit].mean()))
     return np.angle(turned * np.exp(-1j * np.median(np.angle(turned[lit]))))
 
 
-def _shown(image: MosaicImage, values: Any) -> Any:
+def where_lit(image: MosaicImage, values: Any) -> Any:
     return np.where(image.light > DIM * np.percentile(image.light[image.light > 0], 90), values, np.nan)
 
 
@@ -218,14 +218,14 @@ def _largest(images: Sequence[MosaicImage]) -> float:
     return float(np.nanpercentile(image.uncertainty[well_lit(image.light)], 99))
 
 
-def _extent(image: MosaicImage) -> tuple[float, float, float, float]:
+def extent_of(image: MosaicImage) -> tuple[float, float, float, float]:
     """Left, right, bottom, top for imshow, object pixels."""
     top, left = (image.origin[axis] / image.pixel[axis] - 0.5 for axis in (0, 1))
     return left, left + image.object.shape[1], top + image.object.shape[0], top
 
 
 def _framed(axes: Any, image: MosaicImage) -> None:
-    left, right, bottom, top = _extent(image)
+    left, right, bottom, top = extent_of(image)
     for axis in np.ravel(axes):
         axis.set(xlim=(left, right), ylim=(bottom, top), facecolor="0.55")
 

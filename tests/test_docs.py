@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,22 @@ def test_settings_metrics_and_tests_named_in_a_document_exist(document: Path) ->
             f"{named(document)}: no setting {key}"
         )
     metrics = set(re.findall(r"streamprior_\w+", PAGES["docs/reference/metrics.md"])) | {"streamprior_sim", "streamprior_bench"}
+    metrics.add("streamprior_runs")  # a container in Tiled
     unknown = {one for one in re.findall(r"\bstreamprior_[a-z_0-9]+", text) if re.sub(r"_(bucket|sum|count)$", "", one) not in metrics}
     assert not unknown, f"{named(document)}: no metric {', '.join(sorted(unknown))}"
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     for test in re.findall(r"`(test_\w+)`", text):
         assert f"def {test}(" in tests, f"{named(document)}: no test {test}"
+
+
+CONFIGURATION = re.compile(r"^    (?:prior|recipe): .*\n(?:    .*\n)*", re.M)
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if CONFIGURATION.search(document.read_text())], ids=named)
+def test_a_configuration_that_a_document_prints_is_one_that_the_daemon_takes(document: Path, tmp_path: Path) -> None:
+    for block in CONFIGURATION.findall(document.read_text()):
+        (tmp_path / "printed.yaml").write_text(textwrap.dedent(block).split("\nYAML")[0])
+        load_config(tmp_path / "printed.yaml")
 
 
 def tracked_files() -> list[Path]:
