@@ -666,7 +666,7 @@ def test_one_stream_datum_cannot_ask_for_more_than_a_run_holds(tmp_path: Path) -
     records = told(of, [stream_datum(0, 10**6)]) + list(of.due(math.inf))
     assert set(reasons(records)) == {"file_absent"}
     assert len(reasons(records)) == module._REFUSALS
-    assert "990000 after it" in of_kind(records, WireError)[-1].detail
+    assert "999000 after it" in of_kind(records, WireError)[-1].detail
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -12,6 +12,7 @@ from bluesky.callbacks.buffer import BufferingWrapper
 from bluesky.callbacks.zmq import Publisher
 from bluesky_tiled_plugins import TiledWriter
 from tiled.client import from_uri
+from tiled.structures.core import Spec
 
 from streamprior.bluesky.device import StreampriorDevice
 from streamprior.bluesky.suspender import DriftSuspender, justification
@@ -39,7 +40,9 @@ def engine_beside(where: Beside, said: Callable[[str, Mapping[str, Any]], None])
     engine = RunEngine({}, call_returns_result=True)
     engine.subscribe(Publisher(where.documents, serializer=dump_body))
     client = from_uri(where.tiled, api_key=where.api_key)
-    raw = client[where.container] if where.container in client else client.create_container(where.container)
+    # With this name the container is databroker's catalog: runs by scan number, by the beginning of a uid, the newest.
+    specs = [Spec("CatalogOfBlueskyRuns", version="3.0")]
+    raw = client[where.container] if where.container in client else client.create_container(where.container, specs=specs)
     # Tiled takes some ten requests a second: written within the plan, every point would wait for several.
     engine.subscribe(BufferingWrapper(TiledWriter(raw, batch_size=32)))
     device = StreampriorDevice(where.daemon)

@@ -55,8 +55,8 @@ _WAITING = 100_000
 _HELD_BYTES = 64 * 2**20
 """Inline frames that may wait until the run before theirs has its last ones."""
 
-_REFUSALS = 10_000
-"""Frames of one reference that are refused one by one; of a reference to more the rest goes at once."""
+_REFUSALS = 1_000
+"""Frames of one reference that are refused one by one, each after a look at its file; of a reference to more the rest goes at once."""
 
 # What a document that is not as the event model has it makes of the code below.
 _MALFORMED = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
