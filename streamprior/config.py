@@ -9,10 +9,10 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from streamprior.errors import ConfigError
@@ -60,10 +60,10 @@ def _zmq_address(address: str) -> str:
 class SourceSettings(_Room):
     """Where frames come from."""
 
-    kind: Literal["dectris_v2", "dectris_v1", "documents", "tiled", "file"] = "dectris_v2"
+    kind: Literal["dectris_v2", "dectris_v1", "documents", "pva", "tiled", "file"] = "dectris_v2"
     """dectris_v2, dectris_v1: DECTRIS streams over ZMQ. documents: Bluesky documents, over 0MQ or from a file (`path`), with their pixels
-    inline or by reference. tiled: a run that is in Tiled. file: a recorded run. The last two, and a file of documents, are read as fast
-    as they can be processed, and the daemon ends with them."""
+    inline or by reference. pva: NTNDArrays of an EPICS channel. tiled: a run that is in Tiled. file: a recorded run. The last two, and a
+    file of documents, are read as fast as they can be processed, and the daemon ends with them."""
     name: str = "detector"
     """Part of every frame's identity and a label of the metrics."""
     address: Annotated[str, AfterValidator(_zmq_address)] = "tcp://127.0.0.1:31001"
@@ -72,6 +72,8 @@ class SourceSettings(_Room):
     attach: Literal["bind", "connect"] = "bind"
     """bind: senders connect to us (twin, replay, a Bluesky publisher without a proxy). connect: we connect to a detector's PUSH socket
     (EIGER2) or to a Bluesky proxy."""
+    pv: str | None = None
+    """Name of the channel, for example 13SIM1:Pva1:Image."""
     channel: str = "threshold_1"
     """Threshold channel that is read. "difference" channels wrap around zero and are no photons."""
     path: Path | None = None
@@ -139,6 +141,14 @@ class PositionSettings(_Room):
     mosaic."""
     hold_mb: Annotated[int, Field(gt=0)] = 64
     """MiB of frames that may wait; beyond, the oldest goes on without its position."""
+
+    @model_validator(mode="after")
+    def _x_first(self) -> Self:
+        """Without x nothing is joined, and whoever sets the rest would wait for positions in vain."""
+        for name in ("y", "address"):
+            if self.x is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect without x: name the motor that moves along the columns of a frame")
+        return self
 
 
 class PrepareSettings(_Room):

@@ -34,9 +34,10 @@ from streamprior.runs import Runs
 from streamprior.seams import Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
 from streamprior.sinks.archive import Archive
-from streamprior.sinks.bluesky_run import RunDocuments
-from streamprior.sinks.catalog import Catalog
+from streamprior.sinks.bluesky_run import mirror_as_documents
+from streamprior.sinks.catalog import mirror_archive
 from streamprior.sinks.live import LatestArrays
+from streamprior.sinks.mirror import Mirror
 from streamprior.sinks.page import LivePage
 from streamprior.sinks.prometheus import Prometheus
 from streamprior.sources.files import AsRead, file_source, open_recording
@@ -45,6 +46,7 @@ from streamprior.stages.prepare import check_shape
 from streamprior.stages.recipe import Recipe
 from streamprior.wire.dectris_v1 import StreamV1Decoder
 from streamprior.wire.dectris_v2 import StreamV2Decoder
+from streamprior.wire.ntnd import NtndDecoder
 
 log = structlog.get_logger(__name__)
 
@@ -64,7 +66,7 @@ class Daemon:
     readings: Source | None
     pipeline: Pipeline
     archive: Archive
-    mirrors: Mapping[str, Catalog | RunDocuments]
+    mirrors: Mapping[str, Mirror]
     server: HttpServer
     mosaic: MosaicRoom | None = None
 
@@ -230,6 +232,10 @@ def _frames(config: Config, feed: Source | None) -> Wire:
         return Wire(ZmqPull(settings), StreamV1Decoder(settings.name, most))
     if settings.kind == "documents":
         return _documents(config, feed)
+    if settings.kind == "pva":
+        from streamprior.sources.pva import PvaMonitor
+
+        return Wire(PvaMonitor(settings), NtndDecoder(settings.name, settings.pv or "", config.runs.idle_s, config.positions, most))
     if settings.kind == "tiled":
         from streamprior.sources.tiled import tiled_source
 
@@ -264,7 +270,7 @@ def _readings(config: Config) -> Wire | None:
     return Wire(source, DocumentsDecoder(source.name, config.documents, positions, False, most))
 
 
-def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[dict[str, Catalog | RunDocuments], Archive, list[Sink]]:
+def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[dict[str, Mirror], Archive, list[Sink]]:
     """The archive, what mirrors it in Tiled where the configuration names one, and what shows the newest there."""
     provenance = {
         "prior_hash": prior.content_hash,
@@ -273,13 +279,13 @@ def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[dict[str, Cata
         "recipe": config.recipe,
         "device": device(),
     }
-    mirrors: dict[str, Catalog | RunDocuments] = {}
+    mirrors: dict[str, Mirror] = {}
     live: list[Sink] = []
     if config.tiled.uri is not None:
         key = tiled_api_key(config.tiled)
-        mirrors["tiled"] = Catalog(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
+        mirrors["tiled"] = mirror_archive(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
         if config.tiled.documents:
-            mirrors["tiled_documents"] = RunDocuments(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
+            mirrors["tiled_documents"] = mirror_as_documents(config.tiled.uri, key, config.archive.folder, config.tiled.parent)
         live.append(LatestArrays(config.tiled.uri, key, config.tiled.parent, config.tiled.live_hz))
 
     def growth(folder: Path) -> None:

@@ -21,6 +21,7 @@ from streamprior.server import HttpServer
 from streamprior.sinks.archive import claim
 from streamprior.sources.document_feeds import DocumentFile
 from streamprior.sources.files import file_source, open_recording
+from streamprior.sources.pva import PvaMonitor
 from streamprior.sources.tiled import tiled_source
 from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import load_corrections
@@ -47,6 +48,7 @@ def inspect(config: Config) -> Iterator[Finding]:
         "corrections": lambda: _corrections(config),
         **({"mosaic": lambda: _mosaic(config)} if config.recipe == "ptycho" else {"refine": lambda: _refine(config)}),
         "source": lambda: _source(config),
+        **({"positions": lambda: _positions(config)} if config.positions.x is not None else {}),
         "http": lambda: _http(config.http),
         "archive": lambda: _archive(config),
         "tiled": lambda: _tiled(config),
@@ -116,13 +118,32 @@ def _source(config: Config) -> str:
     elif settings.kind == "documents":
         most = settings.max_message_mb * 2**20
         source = ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most)
+    elif settings.kind == "pva":
+        source = PvaMonitor(settings)
     source.open()
     source.close()
     if settings.kind == "documents" and settings.path is not None:
         return f"{settings.path} can be read"
+    if settings.kind == "pva":
+        return f"{settings.pv} can be monitored; whether an IOC has it shows only in a run"
     if settings.attach == "bind":
         return f"{settings.address} can be bound"
     return f"{settings.address} is well formed; whether anybody sends there shows only in a run"
+
+
+def _positions(config: Config) -> str:
+    settings, source = config.positions, config.source
+    motors = " and ".join(key for key in (settings.x, settings.y) if key is not None)
+    if settings.address is None:
+        if source.kind in ("dectris_v1", "dectris_v2"):
+            raise ConfigError(f"positions.address: {source.kind} brings no documents, and so no {motors}; name where documents come from")
+        return f"{motors}, out of the source itself"
+    most = source.max_message_mb * 2**20
+    socket = ZmqSubscribe("positions", settings.address, settings.attach, source.high_water_mark, most, "positions.address")
+    socket.open()
+    socket.close()
+    can = "can be bound" if settings.attach == "bind" else "is well formed; whether anybody sends there shows only in a run"
+    return f"{motors}, in {config.documents.serializer}; {settings.address} {can}"
 
 
 def _recorded(config: Config) -> str:
