@@ -55,7 +55,7 @@ class TiledApi:
     def get(self, path: str, **query: str) -> Any:
         """JSON of `GET path`; None where there is no such node."""
         try:
-            return self._call("GET", path, params=query).json()
+            return self._json(self._call("GET", path, params=query))
         except TiledRefused as refusal:
             if refusal.status == 404:
                 return None
@@ -69,7 +69,7 @@ class TiledApi:
         """JSON of a request with a JSON body; None where Tiled answers nothing."""
         content = json.dumps(body, allow_nan=False).encode()
         answer = self._call(method, path, params=query, content=content, headers={"Content-Type": "application/json"})
-        return answer.json() if answer.content else None
+        return self._json(answer) if answer.content else None
 
     def put_bytes(self, path: str, content: bytes, method: str = "PUT", **query: str) -> None:
         """Send raw bytes of an array."""
@@ -81,6 +81,13 @@ class TiledApi:
 
     def close(self) -> None:
         self._client.close()
+
+    def _json(self, answer: httpx.Response) -> Any:
+        try:
+            return answer.json()
+        except ValueError:
+            # A proxy's sign-in page, for example, with status 200.
+            raise SinkUnavailable(f"Tiled at {self.base}: what answers there is no Tiled; correct its address, it is tried again") from None
 
     def _call(self, method: str, path: str, **parts: Any) -> httpx.Response:
         try:

@@ -18,9 +18,11 @@ from event_model import DocumentNames, schema_validators
 from streamprior.errors import ConfigError
 from streamprior.records import RunEnded
 from streamprior.sinks.archive import RUN_FILE, Archive, read_about, run_folders
-from streamprior.sinks.bluesky_run import MAX_WAITING, RunDocuments, run_documents, runs_path
+from streamprior.sinks.bluesky_run import mirror_as_documents, runs_path
 from streamprior.sinks.embedded import embedded_tiled
+from streamprior.sinks.mirror import Mirror
 from streamprior.sinks.rows import PART_ROWS
+from streamprior.sinks.run_as_documents import run_documents
 from streamprior.tiled_api import TiledApi
 from tests.test_archive import DRIFT, PROVENANCE, ignore, make_prior, make_result, make_run
 from tests.tiled_fixture import RunningTiled
@@ -48,9 +50,9 @@ def archived(folder: Path, indices: range, uid: str = UID, ends: str | None = "e
 
 
 @contextmanager
-def writing(server: RunningTiled | Any, folder: Path, **more: Any) -> Iterator[RunDocuments]:
+def writing(server: RunningTiled | Any, folder: Path, **more: Any) -> Iterator[Mirror]:
     """A writer that the test steps by hand, with containers of the test's own."""
-    one = RunDocuments(server.uri, server.api_key, folder, f"tests/{folder.name}", **more)
+    one = mirror_as_documents(server.uri, server.api_key, folder, f"tests/{folder.name}", **more)
     yield one
     one.close(0)
 
@@ -186,10 +188,24 @@ def test_what_an_interrupted_writer_left_is_written_anew(tiled_server: RunningTi
         documents.step()
         with catalog(tiled_server, folder) as runs:
             runs[UID].update_metadata({"stop": None})
-            again = RunDocuments(tiled_server.uri, tiled_server.api_key, folder, f"tests/{folder.name}")
+            again = mirror_as_documents(tiled_server.uri, tiled_server.api_key, folder, f"tests/{folder.name}")
             assert again.step()
             again.close(0)
             assert runs[UID].stop["num_events"]["primary"] == len(runs[UID]["primary"].read()["chi2"]) == 10
+
+
+def test_a_tiled_that_lost_its_memory_gets_the_runs_again(tiled_server: RunningTiled, folder: Path) -> None:
+    archived(folder, range(4))
+    api = TiledApi(tiled_server.uri, tiled_server.api_key)
+    with writing(tiled_server, folder) as documents:
+        documents.step()
+        api.delete(f"/metadata/{'/'.join(runs_path(f'tests/{folder.name}'))}")
+        documents.announce(archived(folder, range(3), f"9{UID[1:]}", opened=1_700_000_100.0))
+        assert documents.step()
+        assert not documents.pending()
+    api.close()
+    with catalog(tiled_server, folder) as runs:
+        assert set(runs) == {UID, f"9{UID[1:]}"}
 
 
 def test_one_run_that_cannot_be_read_does_not_hold_up_the_others(tiled_server: RunningTiled, folder: Path) -> None:
@@ -213,7 +229,7 @@ def test_a_tiled_that_starts_after_the_run_gets_it(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     folder, key = tmp_path / "archive", "a" * 32
     archived(folder, range(6))
-    documents = RunDocuments(f"http://127.0.0.1:{port}", key, folder, "tests/archive", period_s=0.05)
+    documents = mirror_as_documents(f"http://127.0.0.1:{port}", key, folder, "tests/archive", period_s=0.05)
     assert not documents.step()
     assert "no answer" in documents.error
     assert key not in documents.error
@@ -227,7 +243,7 @@ def test_a_tiled_that_starts_after_the_run_gets_it(tmp_path: Path) -> None:
 def test_a_tiled_that_takes_connections_and_says_nothing_is_left_in_time(tmp_path: Path) -> None:
     archived(tmp_path, range(6))
     with socket.create_server(("127.0.0.1", 0)) as deaf:
-        documents = RunDocuments(f"http://127.0.0.1:{deaf.getsockname()[1]}", None, tmp_path, period_s=0.05)
+        documents = mirror_as_documents(f"http://127.0.0.1:{deaf.getsockname()[1]}", None, tmp_path, period_s=0.05)
         documents.start()
         assert not documents.close(0.1)
         assert not documents.up
@@ -252,19 +268,9 @@ def test_a_writer_that_is_stuck_is_ended_with_the_daemon(
         assert not documents._thread.is_alive()
 
 
-def test_announcing_never_waits_and_is_bounded(tmp_path: Path) -> None:
-    documents = RunDocuments("http://127.0.0.1:1", None, tmp_path)
-    documents._rescan = False
-    for number in range(2 * MAX_WAITING):
-        documents.announce(tmp_path / f"run-{number}")
-    assert len(documents._waiting) == MAX_WAITING
-    assert documents._rescan
-    documents.close(0)
-
-
 def test_a_wrong_key_is_told_with_the_remedy(tiled_server: RunningTiled, folder: Path) -> None:
     archived(folder, range(3))
-    documents = RunDocuments(tiled_server.uri, "wrong", folder, f"tests/{folder.name}")
+    documents = mirror_as_documents(tiled_server.uri, "wrong", folder, f"tests/{folder.name}")
     documents.step()
     assert not documents.up
     assert "does not know the API key" in documents.error
@@ -274,7 +280,7 @@ def test_a_wrong_key_is_told_with_the_remedy(tiled_server: RunningTiled, folder:
 def test_without_the_packages_the_setting_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'streamprior\[bluesky\]'"):
-        RunDocuments("http://127.0.0.1:1", None, tmp_path)
+        mirror_as_documents("http://127.0.0.1:1", None, tmp_path)
 
 
 def test_the_container_is_known_as_a_catalog_of_runs(tiled_server: RunningTiled, folder: Path) -> None:

@@ -19,9 +19,10 @@ import pytest
 from streamprior.errors import SinkUnavailable
 from streamprior.records import MosaicImage, Positions, RunEnded
 from streamprior.sinks.archive import Archive, run_key
-from streamprior.sinks.catalog import Catalog
+from streamprior.sinks.catalog import mirror_archive
 from streamprior.sinks.embedded import embedded_tiled
 from streamprior.sinks.live import MESSAGE_BYTES, TILE, LatestArrays, thinning
+from streamprior.sinks.mirror import Mirror
 from streamprior.sinks.rows import PART_ROWS
 from streamprior.tiled_api import TiledApi, probe
 from tests.test_archive import DRIFT, PROVENANCE, make_prior, make_result, make_run
@@ -39,15 +40,15 @@ def folder(tiled_server: RunningTiled, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def catalog(tiled_server: RunningTiled, folder: Path) -> Iterator[Catalog]:
+def catalog(tiled_server: RunningTiled, folder: Path) -> Iterator[Mirror]:
     """A catalog that the test steps by hand; its container in Tiled is the test's own, too."""
-    one = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
+    one = mirror_archive(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
     yield one
     one.close(0)
 
 
 @pytest.fixture
-def archive(folder: Path, catalog: Catalog) -> Iterator[Archive]:
+def archive(folder: Path, catalog: Mirror) -> Iterator[Archive]:
     one = Archive(folder, make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
     one.open()
     yield one
@@ -87,7 +88,7 @@ def check_images(node: Any, indices: list[int]) -> None:
         np.testing.assert_array_equal(objects[index], make_result(index).object)
 
 
-def test_a_growing_run_is_read_through_tiled_at_every_step(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_a_growing_run_is_read_through_tiled_at_every_step(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     archive.begin(make_run())
     assert catalog.step()
     runs = client[folder.name]
@@ -106,7 +107,7 @@ def test_a_growing_run_is_read_through_tiled_at_every_step(archive: Archive, cat
     assert not catalog.error
 
 
-def test_a_finished_run_carries_its_metadata_and_spec(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_a_finished_run_carries_its_metadata_and_spec(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     archive.begin(make_run())
     write(archive, range(10))
     end(archive)
@@ -122,7 +123,7 @@ def test_a_finished_run_carries_its_metadata_and_spec(archive: Archive, catalog:
     assert not catalog.pending()
 
 
-def test_a_search_for_the_raw_run_finds_its_results_too(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_a_search_for_the_raw_run_finds_its_results_too(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     from tiled.queries import Key
 
     start = {"uid": "raw-run-uid", "scan_id": 7, "sample": {"name": "gold"}}
@@ -145,7 +146,7 @@ def test_a_search_for_the_raw_run_finds_its_results_too(archive: Archive, catalo
     assert set(there.search(Key("start.scan_id") == 7)) == {"raw", KEY}
 
 
-def test_a_run_that_goes_on_after_its_end_goes_on_in_tiled(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_a_run_that_goes_on_after_its_end_goes_on_in_tiled(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     for extent in (5, 9):
         archive.begin(make_run())
         catalog.step()
@@ -157,7 +158,7 @@ def test_a_run_that_goes_on_after_its_end_goes_on_in_tiled(archive: Archive, cat
         check_images(node, [extent - 1])
 
 
-def test_late_missing_and_repeated_frames_are_right_in_tiled(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_late_missing_and_repeated_frames_are_right_in_tiled(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     archive.begin(make_run())
     write(archive, range(0, 4))
     write(archive, range(30, 34))
@@ -171,7 +172,7 @@ def test_late_missing_and_repeated_frames_are_right_in_tiled(archive: Archive, c
     assert list(node["frames"].read()["index"]) == [0, 1, 2, 3, 4, 5, 30, 31, 32, 33]
 
 
-def test_parts_of_the_table_stand_in_the_order_of_their_frames(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_parts_of_the_table_stand_in_the_order_of_their_frames(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     archive.begin(make_run())
     for first in (0, 2 * PART_ROWS, PART_ROWS, 3 * PART_ROWS):  # the second part appears between the first and the third
         write(archive, range(first, first + 2))
@@ -181,13 +182,13 @@ def test_parts_of_the_table_stand_in_the_order_of_their_frames(archive: Archive,
     assert list(frames.read()["index"] // PART_ROWS) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_syncing_again_changes_nothing(archive: Archive, catalog: Catalog, client: Any, tiled_server: RunningTiled, folder: Path) -> None:
+def test_syncing_again_changes_nothing(archive: Archive, catalog: Mirror, client: Any, tiled_server: RunningTiled, folder: Path) -> None:
     archive.begin(make_run())
     write(archive, range(10))
     catalog.step()
     node = client[folder.name][KEY]
     before = node["classes"].data_sources()[0].id
-    again = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
+    again = mirror_archive(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
     assert again.step()
     write(archive, range(10, 20))
     again.announce(folder / KEY)
@@ -201,7 +202,7 @@ def test_syncing_again_changes_nothing(archive: Archive, catalog: Catalog, clien
     assert list(node["frames"].read()["index"]) == list(range(20))
 
 
-def test_subscribers_hear_of_growth_and_can_fetch_it(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_subscribers_hear_of_growth_and_can_fetch_it(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     archive.begin(make_run())
     write(archive, range(5))
     catalog.step()
@@ -226,7 +227,7 @@ def test_subscribers_hear_of_growth_and_can_fetch_it(archive: Archive, catalog: 
 
 
 def test_the_image_of_the_sample_is_read_through_tiled_as_the_canvas_grows(
-    archive: Archive, catalog: Catalog, client: Any, folder: Path
+    archive: Archive, catalog: Mirror, client: Any, folder: Path
 ) -> None:
     archive.begin(make_run())
     write(archive, range(3))
@@ -250,14 +251,14 @@ def test_the_image_of_the_sample_is_read_through_tiled_as_the_canvas_grows(
 
 
 def test_the_final_image_reaches_tiled_after_its_run_has_ended(
-    archive: Archive, catalog: Catalog, client: Any, tiled_server: RunningTiled, folder: Path
+    archive: Archive, catalog: Mirror, client: Any, tiled_server: RunningTiled, folder: Path
 ) -> None:
     archive.begin(make_run())
     write(archive, range(3))
     archive.note(make_image())
     end(archive)
     catalog.step()
-    again = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")  # a daemon that was started anew
+    again = mirror_archive(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")  # a daemon that was started anew
     archive.note(make_image((50, 50), seed=1, serial=2, final=True))
     assert again.step()
     again.close(0)
@@ -267,7 +268,7 @@ def test_the_final_image_reaches_tiled_after_its_run_has_ended(
     np.testing.assert_array_equal(run["mosaic/light"].read(), make_image((50, 50), seed=1).light)
 
 
-def test_who_subscribes_to_a_run_hears_of_each_new_image(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_who_subscribes_to_a_run_hears_of_each_new_image(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     archive.begin(make_run())
     write(archive, range(3))
     archive.note(make_image())
@@ -304,7 +305,7 @@ for line in sys.stdin:
 """
 
 
-def test_another_process_reads_each_new_image(archive: Archive, catalog: Catalog, tiled_server: RunningTiled, folder: Path) -> None:
+def test_another_process_reads_each_new_image(archive: Archive, catalog: Mirror, tiled_server: RunningTiled, folder: Path) -> None:
     archive.begin(make_run())
     write(archive, range(3))
     archive.note(make_image())
@@ -337,7 +338,7 @@ for line in sys.stdin:
 
 
 def test_another_process_reads_the_run_while_it_is_written(
-    archive: Archive, catalog: Catalog, tiled_server: RunningTiled, folder: Path
+    archive: Archive, catalog: Mirror, tiled_server: RunningTiled, folder: Path
 ) -> None:
     archive.begin(make_run())
     write(archive, range(6))
@@ -360,7 +361,7 @@ def test_another_process_reads_the_run_while_it_is_written(
 def test_close_registers_the_last_of_a_run_that_the_thread_mirrors(
     archive: Archive, client: Any, tiled_server: RunningTiled, folder: Path
 ) -> None:
-    catalog = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
+    catalog = mirror_archive(tiled_server.uri, tiled_server.api_key, folder, parent=f"tests/{folder.name}")
     catalog.start()
     archive.begin(make_run())
     for first in range(0, 40, 8):
@@ -378,7 +379,7 @@ def test_a_tiled_that_starts_after_the_run_and_then_loses_its_memory_is_caught_u
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    catalog = Catalog(f"http://127.0.0.1:{port}", "secretofours", tmp_path / "archive")
+    catalog = mirror_archive(f"http://127.0.0.1:{port}", "secretofours", tmp_path / "archive")
     archive = Archive(tmp_path / "archive", make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
     request.addfinalizer(archive.close)
     archive.open()
@@ -408,7 +409,7 @@ def test_a_tiled_that_starts_after_the_run_and_then_loses_its_memory_is_caught_u
 
 
 def test_files_that_tiled_may_not_read_are_told_with_the_remedy(tiled_server: RunningTiled, tmp_path: Path) -> None:
-    catalog = Catalog(tiled_server.uri, tiled_server.api_key, tmp_path, parent="tests/unreadable")
+    catalog = mirror_archive(tiled_server.uri, tiled_server.api_key, tmp_path, parent="tests/unreadable")
     archive = Archive(tmp_path, make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
     archive.open()
     archive.begin(make_run())
@@ -422,7 +423,7 @@ def test_files_that_tiled_may_not_read_are_told_with_the_remedy(tiled_server: Ru
     assert not catalog.close(0)
 
 
-def test_one_unreadable_run_does_not_hold_up_the_others(archive: Archive, catalog: Catalog, client: Any, folder: Path) -> None:
+def test_one_unreadable_run_does_not_hold_up_the_others(archive: Archive, catalog: Mirror, client: Any, folder: Path) -> None:
     (folder / "99990101-000000-broken").mkdir()
     (folder / "99990101-000000-broken" / "run.json").write_text("{}")
     archive.begin(make_run())
@@ -430,15 +431,6 @@ def test_one_unreadable_run_does_not_hold_up_the_others(archive: Archive, catalo
     assert catalog.step()
     assert "broken" in catalog.error
     check_images(client[folder.name][KEY], [0, 1, 2])
-
-
-def test_announcing_never_waits_and_is_bounded(tmp_path: Path) -> None:
-    catalog = Catalog("http://127.0.0.1:1", None, tmp_path)
-    for number in range(5000):
-        catalog.announce(tmp_path / f"run-{number}")
-    assert catalog.pending()
-    assert len(catalog._waiting) <= 1000
-    assert not catalog.close(0)
 
 
 def test_probe_tells_a_right_key_from_a_wrong_one_and_from_no_server(tiled_server: RunningTiled) -> None:

@@ -129,12 +129,12 @@ def test_results_are_found_by_a_search_for_the_raw_run(scans: list[str], root: A
     from tiled.queries import Key
 
     from streamprior.sinks.archive import Archive
-    from streamprior.sinks.catalog import Catalog
+    from streamprior.sinks.catalog import mirror_archive
     from tests.test_archive import DRIFT, PROVENANCE, make_prior, make_result, make_run
 
     metadata = open_tiled(tiled_server.uri, tiled_server.api_key, scans[0]).metadata
     folder = tiled_server.readable / "linked"
-    catalog = Catalog(tiled_server.uri, tiled_server.api_key, folder, parent="linked")
+    catalog = mirror_archive(tiled_server.uri, tiled_server.api_key, folder, parent="linked")
     archive = Archive(folder, make_prior(), PROVENANCE, catalog.announce, DRIFT, 8)
     archive.open()
     archive.begin(replace(make_run("linked-run"), metadata=metadata))

@@ -268,7 +268,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Path], Any]:
             raise ValueError(f"run.json lacks {', '.join(sorted(missing))}")
         parts = part_paths(folder / "frames")
         return about, parts, pq.read_schema(parts[0]) if parts else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last: JSON that is no object
         raise RunUnreadable(
             f"run {folder}: cannot be read ({type(error).__name__}: {error}); restore it or move it out of the archive"
         ) from error
