@@ -155,6 +155,8 @@ def beamtime(
 
     Example: streamprior beamtime gold_balls --headless
     """
+    if disturbed > scans:
+        raise typer.BadParameter(f"of {scans} scans none is number {disturbed}; 0 disturbs none", param_hint="--disturbed")
     with faults():
         from streamprior import beamtime as whole
         from streamprior import demo as show

@@ -137,8 +137,8 @@ class PositionSettings(_Room):
     near_s: Annotated[float, Field(gt=0)] = 0.5
     """Joined by time: farthest that a reading may be from the frame."""
     wait_s: Annotated[float, Field(ge=0)] = 1.0
-    """How long a frame waits for its position; then it is processed without and flagged. One that comes later still goes into archive and
-    mosaic."""
+    """How long a frame waits for its position, and a series' first one for its scan; then it is processed without and flagged. A position
+    that comes while the run is open still goes into archive and mosaic."""
     hold_mb: Annotated[int, Field(gt=0)] = 64
     """MiB of frames that may wait; beyond, the oldest goes on without its position."""
 
@@ -289,7 +289,7 @@ class RunSettings(_Room):
     late_s: Annotated[float, Field(gt=0)] = 1.0
     """Seconds that frames may still come after the end message (or after the last expected frame, when no end comes)."""
     idle_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds without a message after which a run is closed."""
+    """Seconds without a message after which a run is closed; a frame of a closed series that comes so long after it opens another run."""
     drain_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that SIGTERM gives the path to empty itself. A second signal leaves at once."""
 

@@ -93,6 +93,7 @@ class Pipeline:
         self.received: Mailbox[Received] = Mailbox(receive_bytes, receive_policy, dropped=self._unheard)
         self._receiving = 1 if readings is None else 2
         self._ticket = 0
+        self._lost_of = ""  # series of which it was said that positions came too late
         self._stopping = threading.Event()
         self._stopped_at = 0.0
         self.ended = threading.Event()
@@ -176,7 +177,8 @@ class Pipeline:
             return False
         for item in batch:
             self._decode_one(item)
-        self._release(time.time())
+        # While the path is behind, the position that a frame waits for may have been received and be waiting here as well.
+        self._release(batch[-1].at if batch and len(self.received) else time.time())
         self._turn(self._runs.tick())
         return True
 
@@ -185,7 +187,7 @@ class Pipeline:
             for record in item.wire.decoder.decode(item.message, item.at):
                 self._take(item.wire, record, item.message, item.at)
         except WireError as error:
-            self._quarantine(None, item.message, error)
+            self._refuse(item.wire, item.message, error)
 
     def _release(self, now: float) -> None:
         """What decoders and joiner held back and may hold no longer; infinity: everything."""
@@ -198,7 +200,7 @@ class Pipeline:
     def _take(self, wire: Wire, record: Decoded | WireError, message: Message, now: float) -> None:
         """A decoded record to the joiner, and what that lets go on."""
         if isinstance(record, WireError):
-            self._quarantine(None, message, record)
+            self._refuse(wire, message, record)
             return
         joined = self._joiner.of_frames(record, now) if wire is self._frames else self._joiner.of_scan(record, now)
         for one in joined:
@@ -219,8 +221,15 @@ class Pipeline:
     def _locate(self, late: Positions) -> None:
         """Positions that came after their frames, to the run in hand; for a run that is over they are of no use to anybody."""
         run = self._runs.current
-        if late.positions and run is not None and run.series == late.series:
+        if not late.positions:
+            return
+        if run is not None and run.series == late.series:
             self._crew.pass_on(self._next_ticket(), replace(late, run=run.uid))
+        elif late.series != self._lost_of:
+            self._lost_of = late.series
+            log.warning(
+                "positions came after their run was over and are lost; positions.wait_s lets frames wait longer", series=late.series
+            )
 
     def _enter(self, frame: Frame, message: Message) -> None:
         """A decoded frame joins its run, unless it is late, known already, or of no use to the prior."""
@@ -275,9 +284,13 @@ class Pipeline:
         self._ticket += 1
         return self._ticket - 1
 
-    def _quarantine(self, index: int | None, message: Message, error: WireError) -> None:
+    def _refuse(self, wire: Wire, message: Message, error: WireError) -> None:
+        """A message that could not be read. One of the other wire is no frame of the run in hand."""
+        self._quarantine(None, message, error, wire is self._frames)
+
+    def _quarantine(self, index: int | None, message: Message, error: WireError, of_run: bool = True) -> None:
         run = self._runs.current
-        uid = run.uid if run is not None else None
+        uid = run.uid if run is not None and of_run else None
         if index is None:
             self._meters.received()
             self._ledger.received_unread(uid)

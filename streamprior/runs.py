@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections import OrderedDict
@@ -30,7 +31,8 @@ class Runs:
     ----------
     distinct : callable uid -> number of different frames received, the ledger's count.
     late_s : seconds that frames may come after the end message, or after the last expected frame when no end message comes.
-    idle_s : seconds without any message after which a run is closed.
+    idle_s : seconds without any message after which a run is closed; and after which a frame of a closed series is not late but of
+        another series: a detector that was started again counts from 1 again, and not every stream has start messages.
     """
 
     def __init__(self, distinct: Callable[[str], int], late_s: float, idle_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +44,7 @@ class Runs:
         self._heard = 0.0
         self._ending: str | None = None  # why the run is about to close
         self._announced = False  # the open run began with a start message
-        self._closed: OrderedDict[str, str] = OrderedDict()  # series -> uid
+        self._closed: OrderedDict[str, tuple[str, float]] = OrderedDict()  # series -> uid, when it was heard of last
         self._paused: RunStarted | None = None  # closed because nothing came; its series may go on
 
     @property
@@ -69,9 +71,12 @@ class Runs:
         if self._open is not None and self._open.series == frame.series:
             self._heard = self._clock()
             return [], replace(frame, run=self._open.uid)
-        if frame.series in self._closed:
-            raise LateFrame(self._closed[frame.series])
-        self._heard = self._clock()
+        now = self._clock()
+        uid, last = self._closed.get(frame.series, ("", -math.inf))
+        if now - last < self._idle_s:
+            self._closed[frame.series] = uid, now
+            raise LateFrame(uid)
+        self._heard = now
         hint = SeriesStart(frame.source, frame.series, None, Detector(shape=(frame.counts.shape[0], frame.counts.shape[1])))
         if self._paused is not None and self._paused.series == frame.series:
             hint = replace(hint, detector=self._paused.detector, metadata=self._paused.metadata)
@@ -116,7 +121,7 @@ class Runs:
             # A scan that waits for a trigger or is paused by hand goes on after any time: its next frame opens a run again.
             self._paused = run
         else:
-            self._closed[run.series] = run.uid
+            self._closed[run.series] = run.uid, self._clock()
         while len(self._closed) > _REMEMBERED:
             self._closed.popitem(last=False)
         return [RunEnded(run.uid, reason, time.time())]

@@ -17,7 +17,7 @@ import structlog
 from bluesky import RunEngine
 from ophyd.sim import NullStatus, motor
 
-from streamprior.bluesky import StreampriorDevice, attach
+from streamprior.bluesky import StreampriorDevice, attach, in_process
 from streamprior.config import Config
 from streamprior.errors import ConfigError
 from streamprior.ledger import Ledger
@@ -171,4 +171,21 @@ def test_what_cannot_be_had_is_said_before_the_block_begins(engine: RunEngine, c
         with pytest.raises(ConfigError, match=r"http\.port: cannot listen"), attach(engine, taken):
             raise AssertionError("never reached")
     with attach(engine, settings(tmp_path)):
+        pass  # the folder of the archive is free again
+
+
+def test_a_session_that_is_interrupted_while_the_daemon_starts_leaves_nothing_running(
+    engine: RunEngine, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = in_process._Running.start
+
+    def interrupted(self: in_process._Running) -> None:
+        self._thread.start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(in_process._Running, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), attach(engine, config):
+        raise AssertionError("never reached")
+    monkeypatch.setattr(in_process._Running, "start", started)
+    with attach(engine, config):
         pass  # the folder of the archive is free again

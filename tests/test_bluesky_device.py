@@ -21,7 +21,7 @@ from ophyd.sim import NullStatus, motor
 from ophyd_async.core import NotConnectedError, init_devices, set_mock_value, soft_signal_rw
 
 from streamprior.bluesky import StreampriorDevice
-from streamprior.bluesky.numbers import NoAnswer, parse
+from streamprior.bluesky.numbers import Asker, NoAnswer, parse
 from streamprior.config import HttpSettings
 from streamprior.errors import ConfigError
 from streamprior.records import Flag
@@ -389,3 +389,32 @@ def test_the_device_does_not_load_the_daemon() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "streamprior.daemon" not in done.stdout
     assert "streamprior.bluesky.device" in done.stdout
+
+
+def test_whoever_answers_a_byte_at_a_time_is_given_up_and_holds_up_no_plan() -> None:
+    over = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 10000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while not reader.at_eof() and not writer.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        with contextlib.suppress(ConnectionError):
+            writer.close()
+            await writer.wait_closed()
+        over.set()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        asker = Asker(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_s=0.3)
+        try:
+            with pytest.raises(NoAnswer, match="no answer"):
+                await asker.ask()
+        finally:
+            await asker.close()
+            await over.wait()
+            server.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 15))

@@ -80,6 +80,7 @@ def test_the_version_is_printed() -> None:
         (("train", "a.cxi", "--classes", "1"), "--classes"),
         (("bench", "nothing"), "choose from classify, refine"),
         (("demo", "--frames", "2"), "--frames"),
+        (("beamtime", "--scans", "2", "--disturbed", "3"), "--disturbed"),
         (("demo", "--scenario", "no-such-scenario"), "gold_balls"),
     ],
 )

@@ -296,6 +296,8 @@ def refused(place: Path, text: str, command: str = "run", **environment: str) ->
         ("prior: prior.h5\nrefine: {schedule: '10*ER+5*XYZ'}\n", ["refine.schedule", "XYZ"]),
         ("prior: prior.h5\nsource: {kind: file, path: nowhere.npy}\n", ["nowhere.npy", "no such file"]),
         ("prior: prior.h5\nsource: {address: 'tcp:/oops'}\nhttp: {port: 0}\n", ["source.address", "tcp://HOST:PORT"]),
+        ("prior: prior.h5\npositions: {y: motor_y}\n", ["daemon.yaml: positions", "y has no effect without x"]),
+        ("prior: prior.h5\npositions: {address: 'tcp://h:1'}\n", ["daemon.yaml: positions", "address has no effect without x"]),
     ],
 )
 def test_what_the_operator_got_wrong_ends_with_exit_2_and_a_sentence(place: Path, text: str, words: list[str]) -> None:
@@ -319,6 +321,25 @@ def test_a_busy_port_is_named_by_run_and_by_check(place: Path) -> None:
         code, said = refused(place, f"prior: prior.h5\nsource: {{address: 'tcp://127.0.0.1:*'}}\nhttp: {{port: {port}}}\n")
         assert code == 2
         assert "http.port" in said
+
+
+def test_the_socket_that_positions_come_over_is_looked_at_too(place: Path) -> None:
+    rest = "prior: prior.h5\nsource: {address: 'tcp://127.0.0.1:*'}\nhttp: {port: 0}\n"
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        text = f"{rest}positions: {{x: motor, attach: bind, address: 'tcp://127.0.0.1:{port}'}}\n"
+        for command in ("run", "check"):
+            code, said = refused(place, text, command)
+            assert code == 2
+            assert "positions.address: cannot bind" in " ".join(said.split())
+    code, said = refused(place, f"{rest}positions: {{x: motor, address: 'tcp://127.0.0.1:5578'}}\n", "check")
+    assert "motor, in msgpack" in " ".join(said.split())
+    assert "FAIL positions" not in " ".join(said.split())
+    code, said = refused(place, f"{rest}positions: {{x: motor}}\n", "check")
+    assert code == 2
+    assert "dectris_v2 brings no documents" in " ".join(said.split())
 
 
 def test_check_finds_every_fault_at_once_and_names_a_remedy(place: Path) -> None:

@@ -13,6 +13,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
+import structlog
 import tifffile
 
 from streamprior.config import PositionSettings, SourceSettings
@@ -633,3 +634,47 @@ def test_the_measured_rocking_curve(data_folder: Path) -> None:
     assert detector.distance_m == pytest.approx(0.5)
     assert detector.pixel_m == pytest.approx(55e-6)
     assert recording.frame(50).max() > 10_000
+
+
+@pytest.mark.parametrize("kind", ["npy", "tiff"])
+def test_a_file_that_is_cut_off_while_it_is_read_costs_its_frames_and_not_the_process(kind: str, tmp_path: Path) -> None:
+    """A mapped file would end the process with a bus error; so it is read in one of its own."""
+    path = tmp_path / f"scan.{kind}"
+    stack = np.ones((400, 32, 32), np.uint16)
+    if kind == "npy":
+        np.save(path, stack)
+    else:
+        tifffile.imwrite(path, stack, imagej=True, truncate=True)
+    reader = (
+        "import os, sys\n"
+        "from streamprior.sources.files import open_recording\n"
+        "from streamprior.sources.recording import FrameDamaged\n"
+        "recording = open_recording(sys.argv[1])\n"
+        "print(int(recording[399].sum()))\n"
+        "os.truncate(sys.argv[1], 20_000)\n"
+        "print(int(recording[3].sum()))\n"
+        "try:\n    recording[399].sum()\n"
+        "except FrameDamaged as damage:\n    print(damage)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", reader, str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, before, after = done.stdout.splitlines()
+    assert (whole, before) == ("1024", "1024")
+    assert "frame 399 cannot be read (the file has become shorter)" in after
+
+
+def test_a_file_that_is_written_over_while_it_is_followed_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "scan.h5"
+    source, _ = followed(path)
+    with writer(path, "growing") as tell:
+        tell("make")
+        tell("open")
+        tell(0)
+        assert isinstance(source.receive(0), SeriesStart)
+        assert isinstance(source.receive(0), Frame)
+    path.write_bytes(b"something else " * 1000)
+    with structlog.testing.capture_logs() as said:
+        assert isinstance(source.receive(0), SeriesEnd)
+    assert said[0]["event"] == "the file that was followed is another one now"
+    assert source.exhausted
+    source.close()

@@ -144,10 +144,168 @@ def test_a_series_waits_for_the_scan_that_it_belongs_to_and_takes_its_start_docu
     assert out.metadata == {"series_id": 1, "start": {"uid": "scan-1"}}
 
 
-def test_a_series_without_any_scan_goes_on_after_the_wait() -> None:
+def test_a_series_without_any_scan_goes_on_after_its_first_frame_has_waited() -> None:
     house = joiner(wait_s=1.0)
     assert not list(house.of_frames(start(), 0.0))
-    assert [type(one) for one in house.due(1.0)] == [SeriesStart]
+    assert not list(house.of_frames(frame(0), 30.0))
+    assert not list(house.due(30.9))
+    assert [type(one) for one in house.due(31.0)] == [SeriesStart, Frame]
+
+
+def test_a_detector_that_is_armed_long_before_its_scan_begins_has_positions_and_start_document() -> None:
+    house = joiner(wait_s=1.0)
+    out = list(house.of_frames(start(series_id=1), 0.0))
+    out += house.due(5.0)
+    out += house.of_scan(SeriesStart("documents", "scan-1", None, Detector(), {"start": {"uid": "scan-1"}}), 8.0)
+    out += house.of_frames(frame(0), 8.1)
+    out += house.of_scan(reading(0), 8.2)
+    assert [type(one) for one in out] == [SeriesStart, Frame]
+    assert out[0].metadata == {"series_id": 1, "start": {"uid": "scan-1"}}  # type: ignore[union-attr]
+    assert frames_of(out) == [(0, (0.0, -0.0), 0)]
+
+
+def test_a_scan_that_is_over_is_not_taken_while_the_right_one_may_still_begin() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house, "alignment", now=0.0)
+    list(house.of_scan(Reading("documents", "alignment", 0, 0.0, (9.0, 9.0)), 0.5))
+    list(house.of_scan(SeriesEnd("documents", "alignment"), 1.0))
+    out = list(house.of_frames(start(), 2.0))  # armed, then the scan begins
+    out += house.of_scan(SeriesStart("documents", "scan-1", None, Detector()), 2.1)
+    out += house.of_frames(frame(0), 2.2)
+    out += house.of_scan(reading(0), 2.3)
+    assert frames_of(out) == [(0, (0.0, -0.0), 0)]
+
+
+def test_frames_that_come_behind_the_end_of_their_scan_still_have_its_positions() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house, now=0.0)
+    list(house.of_scan(reading(0), 0.1))
+    list(house.of_scan(SeriesEnd("documents", "scan-1"), 0.2))
+    out = list(house.of_frames(start(), 5.0))
+    out += house.of_frames(frame(0), 5.0)
+    assert not out
+    assert frames_of(list(house.due(6.0))) == [(0, (0.0, -0.0), 0)]
+
+
+def test_exposures_by_hand_long_after_a_scan_have_no_positions() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house, now=0.0)
+    list(house.of_scan(reading(0), 0.1))
+    list(house.of_scan(SeriesEnd("documents", "scan-1"), 0.2))
+    list(house.of_frames(frame(0), 100.0))
+    assert frames_of(list(house.due(101.0))) == [(0, None, Flag.NO_POSITION)]
+
+
+def test_a_series_of_the_same_name_after_the_detectors_restart_has_the_positions_of_its_own_scan() -> None:
+    house = joiner(wait_s=1.0)
+    out: list[Decoded] = []
+    for n in (1, 2):
+        scan_started(house, f"scan-{n}", now=10.0 * n)
+        out += house.of_frames(start("1"), 10.0 * n)
+        for k in range(2):
+            list(house.of_scan(Reading("documents", f"scan-{n}", k, 0.0, (float(n), k)), 10.0 * n))
+            out += house.of_frames(frame(k, "1"), 10.0 * n)
+        out += house.of_frames(SeriesEnd("eiger", "1"), 10.0 * n)
+        list(house.of_scan(SeriesEnd("documents", f"scan-{n}"), 10.0 * n))
+    assert [position for _, position, _ in frames_of(out)] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1)]
+
+
+def test_a_late_position_of_a_series_is_not_told_of_the_next_one_of_that_name() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house, now=0.0)
+    for record in (start("1"), frame(0, "1"), SeriesEnd("eiger", "1")):
+        list(house.of_frames(record, 0.0))
+    list(house.due(1.0))
+    scan_started(house, "scan-2", now=2.0)
+    list(house.of_frames(start("1"), 2.0))
+    assert not list(house.of_scan(reading(0), 2.1))
+
+
+def test_the_end_of_a_series_waits_for_positions_that_may_still_come() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    out = [one for record in (start(), frame(0)) for one in house.of_frames(record, 0.0)]
+    out += house.due(1.0)
+    out += house.of_frames(SeriesEnd("eiger", "S1"), 1.1)
+    assert [type(one) for one in out] == [SeriesStart, Frame]
+    assert [type(one) for one in house.of_scan(reading(0), 1.5)] == [Positions, SeriesEnd]
+
+
+@pytest.mark.parametrize("scan_over", [True, False])
+def test_the_end_of_a_series_waits_no_longer_than_its_scan_or_the_bound(scan_over: bool) -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    list(house.of_frames(frame(0), 0.0))
+    list(house.due(1.0))
+    assert not list(house.of_frames(SeriesEnd("eiger", "S1"), 1.1))
+    out = house.of_scan(SeriesEnd("documents", "scan-1"), 1.2) if scan_over else house.due(2.1)
+    assert [type(one) for one in out] == [SeriesEnd]
+
+
+def test_a_stream_without_start_messages_that_counts_from_1_again_has_the_positions_of_its_own_scan() -> None:
+    house = joiner(wait_s=1.0)
+    out: list[Decoded] = []
+    for n in (1, 2):
+        scan_started(house, f"scan-{n}", now=100.0 * n)
+        list(house.of_scan(Reading("documents", f"scan-{n}", 0, 0.0, (float(n), 0.0)), 100.0 * n))
+        out += [one for record in (frame(0, "1"), SeriesEnd("eiger", "1")) for one in house.of_frames(record, 100.0 * n)]
+    assert [position for _, position, _ in frames_of(out)] == [(1.0, 0.0), (2.0, 0.0)]
+
+
+def test_a_series_without_frames_leaves_the_scan_to_the_next_one() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    list(house.of_scan(reading(0), 0.0))
+    out = [one for record in (start("S1"), SeriesEnd("eiger", "S1"), start("S2"), frame(0, "S2")) for one in house.of_frames(record, 0.0)]
+    assert frames_of(out) == [(0, (0.0, -0.0), 0)]
+
+
+def test_a_stray_frame_of_the_series_before_does_not_take_the_next_scan() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house, now=0.0)
+    list(house.of_frames(frame(0, "S1"), 0.0))
+    list(house.of_frames(start("S2"), 10.0))
+    list(house.of_frames(frame(1, "S1"), 10.1))
+    list(house.due(11.2))
+    scan_started(house, "scan-2", now=11.3)
+    list(house.of_scan(Reading("documents", "scan-2", 0, 0.0, (2.0, 2.0)), 11.4))
+    out = list(house.of_frames(frame(0, "S2"), 11.5))
+    assert frames_of(out) == [(0, (2.0, 2.0), 0)]
+
+
+def test_scans_of_somebody_else_on_the_same_proxy_do_not_take_the_place_of_the_one_in_use() -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house, now=0.0)
+    list(house.of_scan(reading(1), 0.0))
+    list(house.of_frames(frame(0), 0.0))
+    list(house.due(1.0))
+    for n in range(10):
+        scan_started(house, f"other-{n}", now=2.0)
+    (out,) = house.of_frames(frame(1), 2.0)
+    assert isinstance(out, Frame)
+    assert out.position == (1e-6, -1e-6)
+
+
+def test_an_image_larger_than_all_that_may_wait_waits_alone() -> None:
+    house = joiner(wait_s=1.0, hold_mb=1)
+    scan_started(house)
+    list(house.of_frames(Frame("eiger", "S1", 0, np.zeros((1024, 1024), np.uint32), received=0.0), 0.0))
+    (out,) = house.of_scan(reading(0), 0.5)
+    assert isinstance(out, Frame)
+    assert out.position == (0.0, -0.0)
+
+
+def test_a_document_that_names_millions_of_frames_costs_no_more_than_those_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = joiner(wait_s=1.0)
+    scan_started(house)
+    list(house.of_frames(frame(7), 0.0))
+    list(house.due(1.0))
+    looked: list[int] = []
+    place = house._place
+    monkeypatch.setattr(house, "_place", lambda scan, index, at, late: looked.append(index) or place(scan, index, at, late))
+    list(house.of_scan(Exposures("documents", "scan-1", 0, 10_000_000, 0, 1), 2.0))
+    assert looked == [7]
+    assert len(house._touched(house._scans["scan-1"], Exposures("documents", "scan-1", 0, 10_000_000, 0, 1))) == 1
 
 
 def test_each_series_has_a_scan_of_its_own_even_where_the_one_before_is_not_over() -> None:
@@ -252,3 +410,36 @@ def test_documents_that_name_frames_tell_late_positions_of_the_right_ones() -> N
     list(house.of_scan(Exposures("documents", "scan-1", 2, 2, 1, 2), 2.0))  # frame 1 was exposed for nothing
     told = [one for n in range(3) for one in house.of_scan(reading(n), 2.0)]
     assert told == [Positions("", "S1", {index: (n * 1e-6, -n * 1e-6)}) for n, index in enumerate((0, 2, 3))]
+
+
+def test_joined_by_time_a_detector_clock_of_another_time_zone_is_not_believed() -> None:
+    house = by_time()
+    for n, at in ((0, 5000.0), (1, 5000.4)):
+        list(house.of_scan(reading(n, at=at), at))
+    (out,) = house.of_frames(frame(0, at=5000.2, detector_time=5000.1 + 3600), 5000.5)
+    assert isinstance(out, Frame)
+    assert out.position == pytest.approx((0.5e-6, -0.5e-6))
+
+
+def test_joined_by_time_the_lines_of_a_fly_scan_may_be_series_of_their_own() -> None:
+    house = by_time(wait_s=1.0)
+    out: list[Decoded] = []
+    for line in range(3):
+        at = 100.0 + 10 * line
+        out += house.of_frames(start(f"S{line}"), at)
+        list(house.of_scan(Reading("documents", "scan-1", 2 * line, at, (float(line), 0.0)), at))
+        out += house.of_frames(frame(0, f"S{line}", at=at + 0.1), at + 0.1)
+        out += house.of_scan(Reading("documents", "scan-1", 2 * line + 1, at + 0.2, (float(line), 0.0)), at + 0.2)
+        out += house.due(at + 2)
+    assert [position for _, position, _ in frames_of(out)] == [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)]
+
+
+def test_joined_by_time_a_reading_looks_only_at_the_frames_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = by_time(wait_s=1.0, near_s=0.5)
+    for n in range(1000):  # the detector's clock is a minute ahead: none of them ever finds its reading
+        list(house.of_frames(frame(n, at=100.0 + n, detector_time=160.0 + n), 100.0 + n))
+    list(house.due(2000.0))
+    looked: list[int] = []
+    monkeypatch.setattr(house, "_place", lambda scan, index, at, late: looked.append(index))
+    list(house.of_scan(reading(0, at=300.0), 2000.0))
+    assert looked == [140]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +21,12 @@ from streamprior.join import Joiner
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
-from streamprior.pipeline import Pipeline, Wire
+from streamprior.pipeline import Pipeline, Received, Wire
 from streamprior.prior import Prior
 from streamprior.quarantine import MOST_A_SECOND, Quarantine
-from streamprior.records import Batch, Detector, Flag, Result, RunEnded, RunStarted
+from streamprior.records import Batch, Detector, Flag, Positions, Reading, Result, RunEnded, RunStarted, SeriesStart
 from streamprior.runs import Runs
+from streamprior.seams import Decoded, Message
 from streamprior.sources.zmq import ZmqPull
 from streamprior.stages.prepare import check_shape
 from streamprior.wire.dectris_v2 import StreamV2Decoder, encode_end, encode_image, encode_start
@@ -402,3 +404,58 @@ def test_masks_go_on_when_refinement_is_off(enabled: bool) -> None:
     (result,) = think(recipe.stages(), recipe.prior, make_run(), [make_frame(diffraction()[0])])
     assert (Flag.NOT_REFINED in Flag(result.flags)) is not enabled
     assert set(np.unique(result.classes)) <= {0, 1, 2}
+
+
+class Told:
+    """A decoder of messages that are records already."""
+
+    def decode(self, message: Message, received: float) -> Sequence[Decoded]:
+        return (message,)  # type: ignore[return-value]
+
+    def due(self, now: float) -> Sequence[Decoded]:
+        return ()
+
+
+def test_a_position_that_was_received_in_time_is_not_late_because_the_path_is_behind() -> None:
+    """200 frames and behind them their positions wait to be decoded, all of them received within a second, long ago."""
+    archive = Kept()
+    house = House([], [archive])
+    frames, motors = Wire(Scripted([]), Told()), Wire(Scripted([]), Told())
+    house.path._frames, house.path._readings = frames, motors
+    house.path._joiner = Joiner(PositionSettings(x="x", wait_s=1.0), separate=True)
+    counts = diffraction()[0]
+    long_ago = time.time() - 60
+    records = [(motors, SeriesStart("documents", "scan-1", None, Detector())), (frames, SeriesStart("eiger", "S1", 200, Detector()))]
+    records += [(frames, make_frame(counts, n)) for n in range(200)]  # type: ignore[list-item]
+    records += [(motors, Reading("documents", "scan-1", n, 0.0, (n * 1e-6, 0.0))) for n in range(200)]  # type: ignore[list-item]
+    for k, (wire, record) in enumerate(records):
+        house.path.received.put(Received(record, long_ago + 0.001 * k, wire))
+    house.path.received.close()
+    house.run()
+    assert [result.position for result in archive.results] == [(n * 1e-6, 0.0) for n in range(200)]
+    assert not any(result.flags & Flag.NO_POSITION for result in archive.results)
+
+
+def test_what_is_refused_on_the_wire_of_the_positions_is_no_frame_of_the_run() -> None:
+    archive = Kept()
+    house = House(series(diffraction(count=3))[:-1], [archive])
+    motors = Wire(Scripted([]), StreamV2Decoder("motors"))
+    house.path._readings = motors
+    house.path._joiner = Joiner(PositionSettings(), separate=True)
+    for message in series(diffraction(count=3))[:-1]:
+        house.path.received.put(Received(message, time.time(), house.path._frames))
+    house.path.received.put(Received(b"garbage", time.time(), motors))
+    house.path.received.close()
+    house.run()
+    run, stray = house.ledger.runs()
+    assert (run["received"], run["published"], run["quarantined"]) == (3, 3, {})
+    assert (stray["run"], stray["quarantined"], stray["balanced"]) == (None, {"not_cbor": 1}, True)
+
+
+def test_positions_that_come_after_their_run_are_told_once_a_run() -> None:
+    house = House([], [Kept()])
+    with structlog.testing.capture_logs() as said:
+        for _ in range(3):
+            house.path._locate(Positions("", "S1", {0: (0.0, 0.0)}))
+        house.path._locate(Positions("", "S2", {0: (0.0, 0.0)}))
+    assert [one["series"] for one in said] == ["S1", "S2"]

@@ -96,6 +96,21 @@ def test_a_frame_of_a_closed_series_is_late_and_names_its_run() -> None:
     assert hall.runs.current.series == "B", "a stray frame does not reopen its series"
 
 
+def test_a_frame_of_a_series_that_was_over_for_long_is_of_another_one_of_that_name() -> None:
+    hall = Hall()
+    hall.runs.frame(frame("1"))
+    hall.runs.end(SeriesEnd("eiger", "1"))
+    hall.now = 1.0
+    (ended,) = hall.runs.tick()
+    for hall.now in (30.0, 80.0):  # each late frame shows that the old one is still on its way
+        with pytest.raises(LateFrame):
+            hall.runs.frame(frame("1"))
+    hall.now = 140.0
+    (opened,), again = hall.runs.frame(frame("1"))
+    assert isinstance(opened, RunStarted)
+    assert again.run == opened.uid != ended.uid
+
+
 def test_a_series_that_starts_again_is_a_new_run() -> None:
     hall = Hall()
     (first,) = hall.runs.start(start("A"))

@@ -45,7 +45,8 @@ class StreampriorDevice(StandardReadable):  # type: ignore[misc] # mypy does not
     wait_frames : what `trigger` waits for. None: it takes the numbers of that moment. 0: for the frames that the daemon
         has read already. n: for n frames more than at the trigger before (or at `stage`), and for all that were read with them; where the
         detector is triggered in the same step of a scan and gives n frames a point, the numbers in an event are then those of its own
-        frames. Frames inside documents cannot be waited for: the event that holds them is not there until this device has been read.
+        frames. Frames inside documents cannot be waited for: the event that holds them is not there until this device has been read. Nor
+        can frames whose positions the daemon takes from this plan's events (positions.address): they wait for the event themselves.
     wait_s : how long at most; then the event gets the numbers that there are, and `caught_up` False. A plan is never stopped for it.
 
     Attributes

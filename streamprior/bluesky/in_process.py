@@ -58,8 +58,8 @@ def attach(run_engine: Any, config: Config | str | os.PathLike[str], watches: Se
     feed = Subscription(settings.source.name)
     running = daemon.build(settings, watches, feed=feed)
     thread = _Running(running)
-    thread.start()
     try:
+        thread.start()
         token = run_engine.subscribe(feed)
         try:
             yield Attached(running.server.url, running.ledger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ class Asker:
 
     def __init__(self, url: str, timeout_s: float = 2.0) -> None:
         self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
         try:
             host = httpx.URL(self.url).host
         except httpx.InvalidURL as error:
@@ -74,13 +76,14 @@ class Asker:
     async def ask(self) -> Numbers:
         """The daemon's numbers at this moment. Raises NoAnswer."""
         try:
-            async with self._client.stream("GET", f"{self.url}/status") as answer:
+            # httpx bounds each wait, but not all of them together: whoever sends a byte a second would be read for weeks.
+            async with asyncio.timeout(self._timeout_s), self._client.stream("GET", f"{self.url}/status") as answer:
                 body = b""
                 async for part in answer.aiter_bytes():
                     body += part
                     if len(body) > _MOST_BYTES:
                         raise NoAnswer(f"{self.url}/status: more than {_MOST_BYTES} bytes, that is not a streamprior daemon")
-        except httpx.RequestError as error:
+        except (httpx.RequestError, TimeoutError) as error:
             raise NoAnswer(
                 f"{self.url}: no answer ({type(error).__name__}: {error}); start the daemon or correct the address, which its log names"
             ) from None

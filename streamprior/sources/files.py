@@ -22,7 +22,7 @@ from streamprior.seams import Decoded, Message
 from streamprior.sources.follow import GrowingFile
 from streamprior.sources.hdf5 import open_hdf5
 from streamprior.sources.images import is_image, open_images
-from streamprior.sources.recording import FrameDamaged, chosen, whole
+from streamprior.sources.recording import FrameDamaged, Stack, chosen, unmapped, whole
 from streamprior.sources.recording import Recording as Recording
 
 log = structlog.get_logger(__name__)
@@ -216,9 +216,9 @@ class AsRead:
         return ()
 
 
-def _load_npy(path: Path) -> npt.NDArray[Any]:
+def _load_npy(path: Path) -> Stack:
     try:
-        stack: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        stack = unmapped(path, np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as .npy ({error}); copy it again") from None
     return stack

@@ -38,6 +38,7 @@ class GrowingFile:
         self._settings = settings
         self._clock = clock
         self._recording: Recording | None = None
+        self._file: Any = None
         self._grown = 0.0  # when there was something new
         self._stop: int | None = None
         self._step = 1
@@ -69,28 +70,35 @@ class GrowingFile:
         return message
 
     def close(self) -> None:
-        if self._recording is not None:
-            _dataset(self._recording.stack).file.close()
-        self._recording = None
+        if self._file is not None:
+            self._file.close()
+        self._recording = self._file = None
 
     def _next(self) -> Message | None:
         if self.exhausted:
             return None
         if self._recording is None:
             return self._begin()
-        over = self._is_over(self._recording)
+        try:
+            return self._onward(self._recording)
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:  # of h5py, for a file that was written over
+            log.error("the file that was followed is another one now", path=str(self._recording.path), error=str(error))
+            return self._end(self._recording)
+
+    def _onward(self, recording: Recording) -> Message | None:
+        over = self._is_over(recording)
         while self._at in self._settings.skip:
             self._at += self._step
         if self._stop is not None and self._at >= self._stop:
-            return self._end(self._recording)
-        if self._at < self._extent and _is_written(self._recording.stack, self._at):
-            return self._frame(self._recording, over)
+            return self._end(recording)
+        if self._at < self._extent and _is_written(recording.stack, self._at):
+            return self._frame(recording, over)
         if not over:
             return None
         if self._at < self._last:
             self._at += self._step
-            return f"{self._recording.path}: frame {self._at - self._step} was never written".encode()
-        return self._end(self._recording)
+            return f"{recording.path}: frame {self._at - self._step} was never written".encode()
+        return self._end(recording)
 
     def _is_over(self, recording: Recording) -> bool:
         """Look how far the file is now; True when it has been no further for too long."""
@@ -111,7 +119,7 @@ class GrowingFile:
                 log.error("nothing to follow", waited_s=self._settings.follow_s, error=str(error))
                 self.exhausted = True
             return None
-        self._recording, self._grown = recording, self._clock()
+        self._recording, self._file, self._grown = recording, _dataset(recording.stack).file, self._clock()
         return SeriesStart(self.name, recording.name, None, recording.geometry, recording.metadata)
 
     def _frame(self, recording: Recording, over: bool) -> Message | None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tifffile
 
 from streamprior.errors import ConfigError
-from streamprior.sources.recording import Recording, Stack, check_size, whole
+from streamprior.sources.recording import Recording, Stack, check_size, unmapped, whole
 
 _TIFF = (".tif", ".tiff")
 _EDF = (".edf", ".edf.gz", ".edf.bz2")
@@ -95,8 +95,7 @@ def _open_tiff(file: Path) -> Stack:
         if whole_file is not None:
             return whole_file[None]
         if pages == 1:  # as ImageJ writes stacks: one page, and all frames behind each other
-            mapped: npt.NDArray[Any] = tifffile.memmap(file, mode="r")
-            return mapped
+            return unmapped(file, tifffile.memmap(file, mode="r"))
     except _DAMAGE as error:
         raise ConfigError(f"{file}: cannot be read as TIFF ({error}); copy it again or take it out of the folder") from None
     return _TiffPages(file, (pages, *shape[-2:]), dtype)

@@ -43,6 +43,33 @@ class Stack(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
+class Unmapped:
+    """A stack that lies in a file as it is, read frame by frame: pixels of a mapped file that somebody has made shorter meanwhile, as
+    copying over it does, end the process.
+
+    mapped : the stack as NumPy or tifffile maps it, (N, rows, columns), the last axis fastest.
+    """
+
+    def __init__(self, path: PurePath, mapped: np.memmap[Any, Any]) -> None:
+        self.shape: tuple[int, ...] = mapped.shape
+        self.dtype: np.dtype[Any] = mapped.dtype
+        self._path, self._offset = path, mapped.offset
+
+    def __getitem__(self, index: int) -> npt.NDArray[Any]:
+        nbytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with open(self._path, "rb") as file:
+            file.seek(self._offset + index * nbytes)
+            pixels = file.read(nbytes)
+        if len(pixels) < nbytes:
+            raise OSError("the file has become shorter")
+        return np.frombuffer(pixels, self.dtype).reshape(self.shape[1:])
+
+
+def unmapped(path: PurePath, stack: npt.NDArray[Any]) -> Stack:
+    """A mapped stack as one that may be cut off while it is read; another order of the axes, which nobody writes, stays mapped."""
+    return Unmapped(path, stack) if isinstance(stack, np.memmap) and stack.ndim == 3 and stack.flags.c_contiguous else stack
+
+
 @dataclass(frozen=True)
 class Recording:
     """Recorded frames; item i is the i-th chosen one.
