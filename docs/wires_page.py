@@ -54,6 +54,7 @@ COLUMNS: dict[str, Callable[[Cell], bool]] = {
     "V2": lambda cell: cell.wire.kind == "dectris-v2",
     "V1, in one message, split, or part by part": lambda cell: cell.wire.kind == "dectris-v1" and cell.wire.framing != "headerless",
     "V1 without headers": lambda cell: cell.wire.framing == "headerless",
+    "documents": lambda cell: cell.wire.kind == "documents",
 }
 
 
@@ -93,7 +94,7 @@ def _words(cells: Iterable[Cell]) -> str:
     for cell in cells:
         found.setdefault(_account(cell.forecast), set()).add(cell.wire.encoding)
     if len(found) < 2:
-        return next(iter(found), "cannot happen")
+        return next(iter(found), "-")
     # Every framing of a column must agree, or the table would hide one of them.
     if sum(map(len, found.values())) != len(get_args(Encoding)):
         raise ValueError(f"docs/wires_page.py: framings of one column differ: {found}")

@@ -16,7 +16,7 @@ from streamprior_sim.emit import Message, stream, zmq_sender
 from streamprior_sim.faults import KINDS, Cell, Trouble, table
 from streamprior_sim.wires import Wire as Spoken
 
-from streamprior.config import PositionSettings, SourceSettings
+from streamprior.config import DocumentsSettings, PositionSettings, SourceSettings
 from streamprior.crew import ThreadCrew
 from streamprior.join import Joiner
 from streamprior.ledger import Ledger
@@ -25,7 +25,8 @@ from streamprior.outbox import Outbox
 from streamprior.pipeline import Pipeline, Wire
 from streamprior.records import Detector, Positions
 from streamprior.runs import Runs
-from streamprior.seams import Source
+from streamprior.seams import Decoder, Source
+from streamprior.sources.documents import DocumentsDecoder
 from streamprior.sources.zmq import ZmqPull
 from streamprior.stages.prepare import check_shape
 from streamprior.wire.dectris_v1 import StreamV1Decoder
@@ -122,6 +123,12 @@ class Counted:
         self._socket.close()
 
 
+def decoder_of(spoken: Spoken) -> Decoder:
+    if spoken.kind == "documents":
+        return DocumentsDecoder("eiger", DocumentsSettings(), PositionSettings(x="x", y="y"), True, LIMIT)
+    return (StreamV2Decoder if spoken.kind == "dectris-v2" else StreamV1Decoder)("eiger", max_message_bytes=LIMIT)
+
+
 class House:
     """The path with real stages, walked room by room; `admitted` are the counts that the stages get."""
 
@@ -131,9 +138,8 @@ class House:
         self.admitted: list[bytes] = []
         self.quarantined: list[str] = []
         meters = Meters("eiger", RECIPE.stage_names, [self.archive.name], NAMES, RECIPE.signals)
-        decoder = StreamV2Decoder if spoken.kind == "dectris-v2" else StreamV1Decoder
         self.path = Pipeline(
-            Wire(source, decoder("eiger", max_message_bytes=LIMIT)),
+            Wire(source, decoder_of(spoken)),
             Joiner(PositionSettings(), separate=False),
             Runs(self.ledger.distinct, late_s=60, idle_s=60),
             ThreadCrew(RECIPE.stages, PRIOR, 1, 16, 2**24, meters.stage),
@@ -228,7 +234,7 @@ def test_a_header_says_as_much_as_it_is_told_to(framing: Any, detail: Any) -> No
 
 def test_the_table_has_every_fault_of_every_wire() -> None:
     rows: Sequence[Cell] = CELLS
-    for wire in ("dectris-v1", "dectris-v2"):
+    for wire in ("dectris-v1", "dectris-v2", "documents"):
         faults = {cell.fault for cell in rows if cell.wire.kind == wire}
         assert faults == {None, *(kind for kind, one in KINDS.items() if wire in one.reasons)}
-    assert len({name_of(cell) for cell in rows}) == len(rows) == 3 * 22 + 12 * 27
+    assert len({name_of(cell) for cell in rows}) == len(rows) == 3 * 22 + 12 * 27 + 16

@@ -56,8 +56,9 @@ def _damaged(
 ) -> Parts:
     pixels = dialect.pixels
     if kind == "garbage":
-        # 0xff is a break code, which no CBOR item begins with, and no text; random bytes alone are now and then a valid number.
-        return (b"\xff" + rng.bytes(len(message[pixels]) - 1),)
+        # 0xff is a break code, which no CBOR item begins with, and no text; random bytes alone are now and then a valid number. Without
+        # a space it has no name that a document could have.
+        return (b"\xff" + rng.bytes(len(message[pixels]) - 1).replace(b" ", b"_"),)
     if kind == "truncated":
         return _with_part(message, pixels, message[pixels][: len(message[pixels]) // 2])
     if kind == "oversized":

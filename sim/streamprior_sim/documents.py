@@ -109,7 +109,8 @@ def documents(
 class Publisher(Protocol):
     """Where documents go."""
 
-    def send(self, document: Document) -> None: ...
+    def send(self, document: Document | bytes) -> None:
+        """A document, or a message as it is."""
 
 
 @contextmanager
@@ -155,10 +156,10 @@ class _Xpub:
         self._socket, self._address, self._prefix = socket, address, prefix
         self._serializer, self._timeout_s = serializer, timeout_s
 
-    def send(self, document: Document) -> None:
-        name, content = document
+    def send(self, document: Document | bytes) -> None:
+        message = document if isinstance(document, bytes) else dump_document(*document, self._serializer, self._prefix)
         try:
-            self._socket.send(dump_document(name, content, self._serializer, self._prefix))
+            self._socket.send(message)
         except zmq.Again:
             raise SinkUnavailable(f"{self._address} took no document for {self._timeout_s:g} s: is the subscriber stuck?") from None
 

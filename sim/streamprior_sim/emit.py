@@ -100,7 +100,8 @@ def send(recording: Recording, to: str, rate_hz: float | None, wire: Wire, troub
 
     total = len(recording) + 3  # start, descriptor and stop
     with zmq_publisher(to) as publisher:
-        run = ((document,) for document in documents(recording, rate_hz))
+        whole: Iterable[tuple[Message | Document, ...]] = ((document,) for document in documents(recording, rate_hz))
+        run = _turns(recording, rate_hz, None, wire, trouble) if trouble.faults else whole
         return pace(run, publisher, rate_hz, None if progress is None else lambda done: progress(min(done, total), total))
 
 

@@ -24,8 +24,9 @@ from streamprior.wire.dectris_v2 import MAX_MESSAGE_BYTES
 from streamprior_sim.damage import LIKE_THE_FIRST, spoken
 from streamprior_sim.wires import STREAM_V2, Dialect, Encoding, Wire
 
-_V1, _V2 = "dectris-v1", "dectris-v2"
+_V1, _V2, _DOCUMENTS = "dectris-v1", "dectris-v2", "documents"
 _BOTH: Mapping[str, str | None] = {_V1: None, _V2: None}
+_ALL: Mapping[str, str | None] = {**_BOTH, _DOCUMENTS: None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +41,28 @@ class Kind:
     reasons: Mapping[str, str | None]
 
 
-def _refused(v1: str | None, v2: str | None, v1_none: str | None = None, v2_none: str | None = None) -> Mapping[str, str | None]:
+def _refused(
+    v1: str | None, v2: str | None, v1_none: str | None = None, v2_none: str | None = None, documents: str | None = None
+) -> Mapping[str, str | None]:
     """The reasons, with other ones where pixels are not compressed."""
-    told = {_V1: v1, _V2: v2, f"{_V1}/none": v1_none, f"{_V2}/none": v2_none}
+    told = {_V1: v1, _V2: v2, f"{_V1}/none": v1_none, f"{_V2}/none": v2_none, _DOCUMENTS: documents}
     return {wire: reason for wire, reason in told.items() if reason is not None}
 
 
 KINDS: Mapping[str, Kind] = {
     "start_missing": Kind("the start message went to another receiver", _BOTH),
-    "end_missing": Kind("the end message went to another receiver", _BOTH),
+    "end_missing": Kind("the end message went to another receiver, or is lost", _ALL),
     "two_receivers": Kind("a second receiver takes every other message, the start first", _BOTH),
     "late_subscriber": Kind("what came before this image is never heard", _BOTH),
-    "aborted": Kind("the series breaks off in the middle of this image, without an end", _refused("missing_part", "not_cbor")),
+    "aborted": Kind(
+        "the series breaks off in the middle of this image, without an end", _refused("missing_part", "not_cbor", documents="not_document")
+    ),
     "series_changes": Kind("from this image on it is another series, counted from 0, without an end or a start", _BOTH),
-    "clock_jumps": Kind("from this image on the detector's clock is ten years ahead", _BOTH),
-    "lost": Kind("the image never comes", _BOTH),
-    "duplicated": Kind("the image comes twice", _BOTH),
-    "late": Kind("three images overtake it", _BOTH),
-    "position_missing": Kind("its position never comes", _BOTH),
+    "clock_jumps": Kind("from this image on the detector's clock is ten years ahead", _ALL),
+    "lost": Kind("the image never comes", _ALL),
+    "duplicated": Kind("the image comes twice", _ALL),
+    "late": Kind("three images overtake it", _ALL),
+    "position_missing": Kind("its position never comes", _ALL),
     "position_late": Kind("its position comes with a later image", _BOTH),
     "uncompressed": Kind("its pixels are not compressed", _BOTH),
     "flattened": Kind("its parts come as messages of their own", {_V1: None}),
@@ -65,22 +70,25 @@ KINDS: Mapping[str, Kind] = {
     "dimage_d_lost": Kind("its second part, shape and encoding, is lost", {_V1: "missing_part"}),
     "blob_lost": Kind("its pixels are lost", {_V1: "missing_part"}),
     "dconfig_lost": Kind("the part with its times is lost", {_V1: None}),
-    "garbage": Kind("random bytes come in its place", _refused("not_stream_v1", "not_cbor")),
-    "truncated": Kind("the second half of the message, of its pixels on V1, is cut off", _refused("wrong_hash", "not_cbor")),
-    "oversized": Kind("it is larger than the receiver's limit", _refused("too_large", "too_large")),
+    "garbage": Kind("random bytes come in its place", _refused("not_stream_v1", "not_cbor", documents="not_document")),
+    "truncated": Kind(
+        "the second half of the message, of its pixels on V1, is cut off", _refused("wrong_hash", "not_cbor", documents="not_document")
+    ),
+    "oversized": Kind("it is larger than the receiver's limit", _refused("too_large", "too_large", documents="too_large")),
     "flipped_bit": Kind(
-        "a bit of its pixels is another; V2 carries no hash, and wrong pixels are published", {_V1: "wrong_hash", _V2: None}
+        "a bit of its pixels is another; only V1 carries a hash, on other wires wrong pixels are published",
+        {_V1: "wrong_hash", _V2: None, _DOCUMENTS: None},
     ),
     "short_blob": Kind(
         "its pixels were cut off before they were hashed",
-        _refused("bad_compression", "bad_compression", "wrong_shape", "wrong_shape"),
+        _refused("bad_compression", "bad_compression", "wrong_shape", "wrong_shape", "wrong_shape"),
     ),
     "empty_blob": Kind(
         "its pixels are 0 bytes unpacked",
-        _refused("bad_compression", "bad_compression", "wrong_shape", "wrong_shape"),
+        _refused("bad_compression", "bad_compression", "wrong_shape", "wrong_shape", "wrong_shape"),
     ),
-    "wrong_dtype": Kind("its pixels are of another type", _refused("wrong_dtype", "wrong_dtype")),
-    "wrong_shape": Kind("it has half the rows", _refused("wrong_shape", "wrong_shape")),
+    "wrong_dtype": Kind("its pixels are of another type", _refused("wrong_dtype", "wrong_dtype", documents="wrong_dtype")),
+    "wrong_shape": Kind("it has half the rows", _refused("wrong_shape", "wrong_shape", documents="wrong_shape")),
 }
 """Every kind of fault that a sender can make."""
 
@@ -219,7 +227,7 @@ def inject(
     """
     rng = np.random.default_rng(trouble.seed)
     for step in _steps(series, trouble.faults, wire):
-        messages = tuple(spoken(step.record, step.kind, wire.encoding, dialect, rng, trouble.oversized_bytes))
+        messages = tuple(spoken(step.record, step.kind, wire.packing, dialect, rng, trouble.oversized_bytes))
         if messages:
             yield messages
 
@@ -271,6 +279,7 @@ def table(frames: int = 8) -> tuple[Cell, ...]:
     encodings: tuple[Encoding, ...] = get_args(Encoding)
     wires = [Wire(kind="dectris-v2", encoding=encoding) for encoding in encodings]
     wires += [Wire(kind="dectris-v1", framing=framing, encoding=encoding) for framing in get_args(Framing) for encoding in encodings]
+    wires.append(Wire(kind="documents", encoding="none"))
     cells = []
     for wire in wires:
         for kind in (None, *(kind for kind in KINDS if wire.kind in KINDS[kind].reasons)):

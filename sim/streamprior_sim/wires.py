@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 import cbor2
+import msgpack
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
@@ -21,6 +22,7 @@ from streamprior.errors import ConfigError
 from streamprior.records import Frame, SeriesEnd, SeriesStart
 from streamprior.seams import Parts
 from streamprior.wire import dectris_v1, dectris_v2
+from streamprior.wire.documents import dump_document
 
 Encoding = Literal["bslz4", "lz4", "none"]
 
@@ -56,6 +58,11 @@ class Wire(BaseModel):
         if self.kind != "dectris-v1" and (self.framing, self.header_detail) != ("multipart", "all"):
             raise ValueError(f"framing and header_detail are those of dectris-v1, not of {self.kind}; leave them out, or choose that wire")
         return self
+
+    @property
+    def packing(self) -> Encoding:
+        """How pixels are compressed; documents carry them as they are."""
+        return "none" if self.kind == "documents" else self.encoding
 
     @property
     def announces(self) -> bool:
@@ -188,8 +195,58 @@ class DectrisV1:
         return dectris_v1.framed([message], self.wire.framing)
 
 
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """A Bluesky run with its pixels in the events, msgpack, without a prefix; a run is known by its uid. number : its scan_id.
+
+    `streamprior_sim.documents` composes runs in every form; these are for what goes wrong with one.
+    """
+
+    sensor: Sensor
+    number: int = 1
+
+    pixels = 0
+    hashed = False
+
+    def start(self, record: SeriesStart) -> Parts:
+        """The start document and the descriptor, each a message of its own."""
+        at = self.sensor.date.timestamp()
+        image = {"source": "SIM", "dtype": "array", "shape": list(record.detector.shape or ()), "dtype_numpy": self.sensor.dtype.str}
+        motor = {"source": "SIM", "dtype": "number", "shape": [], "units": "um"}
+        about = {"uid": record.series, "time": at, "scan_id": self.number, "plan_name": "scan", "num_points": record.expected or 0}
+        described = {"uid": f"{record.series}-primary", "run_start": record.series, "time": at, "name": "primary"}
+        keys = {"image": image, "x": motor, "y": motor}
+        return dump_document("start", about), dump_document("descriptor", described | {"data_keys": keys, "configuration": {}})
+
+    def image(self, frame: Frame, encoding: Encoding) -> Parts:
+        at = frame.detector_time or 0.0
+        data: dict[str, Any] = {"image": frame.counts}
+        if frame.position is not None:
+            data |= dict(zip(("x", "y"), (place * 1e6 for place in frame.position), strict=True))
+        event = {"uid": f"{frame.series}-{frame.index}", "descriptor": f"{frame.series}-primary", "time": at, "seq_num": frame.index + 1}
+        return (dump_document("event", event | {"data": data, "timestamps": dict.fromkeys(data, at), "filled": {}}),)
+
+    def end(self, record: SeriesEnd) -> Parts:
+        stop = {"uid": f"{record.series}-stop", "run_start": record.series, "time": self.sensor.date.timestamp(), "exit_status": "success"}
+        return (dump_document("stop", stop),)
+
+    def with_pixels(self, message: Parts, change: Callable[[bytes], bytes]) -> Parts:
+        head, name, body = message[0].split(b" ", 2)
+        event = msgpack.unpackb(body)
+        event["data"]["image"][b"data"] = change(event["data"]["image"][b"data"])
+        return (b" ".join((head, name, msgpack.packb(event))),)
+
+    def nothing(self, encoding: Encoding) -> bytes:
+        return b""
+
+    def sent(self, message: Parts, flattened: bool) -> Iterator[Parts]:
+        return ((part,) for part in message)
+
+
 def dialect(wire: Wire, sensor: Sensor, series: int) -> Dialect:
-    """How `wire` speaks. Documents are no dialect: `streamprior_sim.documents` composes them."""
+    """How `wire` speaks."""
+    if wire.kind == "documents":
+        return Documents(sensor, series)
     return DectrisV2(sensor, series) if wire.kind == "dectris-v2" else DectrisV1(sensor, wire)
 
 
