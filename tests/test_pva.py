@@ -178,7 +178,7 @@ def test_without_pvapy_the_operator_is_told_what_brings_it(monkeypatch: pytest.M
 def test_the_check_looks_at_the_source(tmp_path: Path) -> None:
     save_prior(small_prior(), tmp_path / "prior.h5")
     config = Config(prior=tmp_path / "prior.h5", source={"kind": "pva", "pv": CHANNEL})
-    (finding,) = [one for one in inspect(config) if one.what == "source"]
+    finding = next(one for one in inspect(config) if one.what == "source")
     assert finding.fine
     assert CHANNEL in finding.sentence
 
