@@ -266,8 +266,10 @@ class ComputeSettings(_Room):
     """Threads; 0: one a core. One FFT runs on one thread, frames run beside each other."""
     backend: Literal["auto", "cpu", "cuda"] = "auto"
     """What puts the mosaic together: a CUDA card where there is one (auto), or as said. Everything else computes on the CPU."""
-    batch_frames: Annotated[int, Field(gt=0, le=256)] = 16
+    batch_frames: Annotated[int, Field(gt=0, le=1024)] = 64
     """Most frames a worker takes at once. It takes what is there: idle, that is one, and costs no latency."""
+    batch_s: Annotated[float, Field(gt=0)] = 0.005
+    """Seconds that a batch should take at most: what batches add to the latency. A frame that takes longer by itself goes alone."""
 
 
 class QueueSettings(_Room):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from streamprior.mailbox import Mailbox
 from streamprior.prior import Prior
-from streamprior.records import FLAT, Batch, Flag, Frame, Positions, Result, RunEnded, RunStarted
+from streamprior.records import FLAT, Batch, Flag, Frame, Positions, Reconstruction, Result, RunEnded, RunStarted
 from streamprior.seams import PathItem, Stage, StageFactory, Timing
 
 
@@ -31,9 +34,17 @@ class Job:
 
 
 def think(
-    stages: Sequence[Stage], prior: Prior, run: RunStarted, frames: Sequence[Frame], timing: Timing = lambda stage, seconds: None
+    stages: Sequence[Stage],
+    prior: Prior,
+    run: RunStarted,
+    frames: Sequence[Frame],
+    timing: Timing = lambda stage, seconds: None,
+    decoded: Sequence[float] = (),
 ) -> list[Result]:
-    """Run the composed stages over frames of one run: the very same call live, in replay, in the benchmark and in the tests."""
+    """Run the composed stages over frames of one run: the very same call live, in replay, in the benchmark and in the tests.
+
+    decoded : Unix seconds when each frame was, for its clock; none where they did not come by a wire.
+    """
     done = time.time()
     batch = Batch(run, tuple(frames), clock=(("wait", done),))
     for stage in stages:
@@ -41,50 +52,66 @@ def think(
         started, done = done, time.time()
         batch = replace(batch, clock=(*batch.clock, (stage.name, done)))
         timing(stage.name, (done - started) / len(frames))
-    return results_of(batch, prior)
+    return results_of(batch, prior, decoded)
 
 
-def results_of(batch: Batch, prior: Prior) -> list[Result]:
-    """One Result a frame out of a batch that has been through prepare and classify at least."""
+def results_of(batch: Batch, prior: Prior, decoded: Sequence[float] = ()) -> list[Result]:
+    """One Result a frame out of a batch that has been through prepare and classify at least; decoded as in `think`."""
     photons, classes, start, found = batch.photons, batch.classes, batch.start, batch.reconstruction
     assert photons is not None
     assert classes is not None
-    rows, columns = prior.object_box
-    unknown = np.full((rows.stop - rows.start, columns.stop - columns.start), complex("nan+nanj"), np.complex64)
-    results = []
-    for i, frame in enumerate(batch.frames):
-        unit = int(start.unit[i, found.kept[i]]) if start is not None and found is not None else FLAT
-        results.append(
-            Result(
-                run=batch.run.uid,
-                index=frame.index,
-                classes=classes.ids[i],
-                # A copy, so that a result does not keep the whole frame's psi alive.
-                object=found.psi[i][rows, columns].copy() if found is not None else unknown,
-                counts=photons.counts[i],
-                received=frame.received,
-                detector_time=frame.detector_time,
-                position=frame.position,
-                origin=frame.origin,
-                class_distance=float(classes.distance[i]),
-                chi2=float(found.chi2[i]) if found is not None else float("nan"),
-                chi2_floor=float(found.floor[i]) if found is not None else float("nan"),
-                r_factor=float(found.r_factor[i]) if found is not None else float("nan"),
-                free_llk=float(found.free_llk[i]) if found is not None else float("nan"),
-                unit=unit,
-                distance=float(start.distance[i, 0]) if start is not None else float("nan"),
-                arm="none" if found is None else "flat" if unit == FLAT else "prototype",
-                flags=frame.flags | int(photons.flags[i]) | (int(found.flags[i]) if found is not None else int(Flag.NOT_REFINED)),
-                clock=batch.clock,
-            )
+    number = len(batch.frames)
+    unknown = [math.nan] * number
+    # Whole columns become Python numbers at once: one by one they cost more than the stages' own overhead.
+    distances, flags = classes.distance.tolist(), photons.flags.tolist()
+    chi2, floor, r_factor, free_llk = (
+        (found.chi2.tolist(), found.floor.tolist(), found.r_factor.tolist(), found.free_llk.tolist())
+        if found is not None
+        else (unknown, unknown, unknown, unknown)
+    )
+    found_flags = found.flags.tolist() if found is not None else [int(Flag.NOT_REFINED)] * number
+    units = start.unit[np.arange(number), found.kept].tolist() if start is not None and found is not None else [FLAT] * number
+    nearest = start.distance[:, 0].tolist() if start is not None else unknown
+    objects = _objects(found, prior, number)
+    return [
+        Result(
+            run=batch.run.uid,
+            index=frame.index,
+            classes=classes.ids[i],
+            object=objects[i],
+            counts=photons.counts[i],
+            received=frame.received,
+            detector_time=frame.detector_time,
+            position=frame.position,
+            origin=frame.origin,
+            class_distance=distances[i],
+            chi2=chi2[i],
+            chi2_floor=floor[i],
+            r_factor=r_factor[i],
+            free_llk=free_llk[i],
+            unit=units[i],
+            distance=nearest[i],
+            arm="none" if found is None else "flat" if units[i] == FLAT else "prototype",
+            flags=frame.flags | flags[i] | found_flags[i],
+            clock=(("decode", decoded[i]), *batch.clock) if decoded else batch.clock,
         )
-    return results
+        for i, frame in enumerate(batch.frames)
+    ]
+
+
+def _objects(found: Reconstruction | None, prior: Prior, number: int) -> Sequence[npt.NDArray[np.complex64]]:
+    """Objects cropped to the prior's box. Copies, so that a result does not keep the whole frame's psi alive."""
+    rows, columns = prior.object_box
+    if found is not None:
+        return [psi[rows, columns].copy() for psi in found.psi]
+    unknown = np.full((rows.stop - rows.start, columns.stop - columns.start), complex("nan+nanj"), np.complex64)
+    return [unknown] * number
 
 
 class Crew(Protocol):
     """The compute seam: takes jobs, gives path items back in order. Threads here; actors on other machines later."""
 
-    def submit(self, job: Job) -> None: ...
+    def submit(self, jobs: Sequence[Job]) -> None: ...
 
     def pass_on(self, ticket: int, item: RunStarted | Positions | RunEnded) -> None: ...
 
@@ -102,6 +129,7 @@ class ThreadCrew:
     ----------
     workers : number of threads. One FFT runs on one thread; frames run beside each other.
     batch_frames : most frames that a worker takes at once. Idle, it takes single frames: that costs no latency.
+    batch_s : seconds that a batch should take at most: what it adds to the latency of its first frame.
     budget_bytes : bound of the queue before the workers, and again of the results that wait for an earlier one.
     """
 
@@ -111,16 +139,17 @@ class ThreadCrew:
         prior: Prior,
         workers: int,
         batch_frames: int,
+        batch_s: float,
         budget_bytes: int,
         timing: Timing = lambda stage, seconds: None,
     ) -> None:
         self._factory = factory
         self._prior = prior
         self._timing = timing
-        self._batch_frames = batch_frames
+        self._batch_frames, self._batch_s = batch_frames, batch_s
         self._inbox: Mailbox[Job] = Mailbox(budget_bytes)
         self._sequencer = Sequencer(budget_bytes)
-        self._left = workers
+        self._number = self._left = workers
         self._lock = threading.Lock()
         self.workers: tuple[Callable[[], bool], ...] = tuple(_Worker(self).step for _ in range(workers))
 
@@ -133,11 +162,11 @@ class ThreadCrew:
         """Bytes of results that wait for an earlier one."""
         return self._sequencer.nbytes
 
-    def submit(self, job: Job) -> None:
-        self._inbox.put(job)
+    def submit(self, jobs: Sequence[Job]) -> None:
+        self._inbox.put_all(jobs)
 
     def pass_on(self, ticket: int, item: RunStarted | Positions | RunEnded) -> None:
-        self._sequencer.put(ticket, item)
+        self._sequencer.put([(ticket, item)])
 
     def take(self, limit: int, timeout_s: float) -> list[PathItem] | None:
         return self._sequencer.take(limit, timeout_s)
@@ -162,13 +191,14 @@ class _Worker:
     def __init__(self, crew: ThreadCrew) -> None:
         self._crew = crew
         self._stages: Sequence[Stage] | None = None
+        self._each_s = math.inf  # what a frame took lately
 
     def step(self) -> bool:
         """One batch; False when the crew is closed and its queue is empty."""
         crew = self._crew
         if self._stages is None:
             self._stages = crew._factory()
-        jobs = crew._inbox.take(crew._batch_frames)
+        jobs = crew._inbox.take(self._limit(), takers=crew._number)
         if jobs is None:
             crew._worker_left()
             return False
@@ -176,9 +206,22 @@ class _Worker:
             run = jobs[0].run
             mine = [job for job in jobs if job.run.uid == run.uid]
             jobs = [job for job in jobs if job.run.uid != run.uid]
-            for job, result in zip(mine, think(self._stages, crew._prior, run, [job.frame for job in mine], crew._timing), strict=True):
-                crew._sequencer.put(job.ticket, replace(result, clock=(("decode", job.decoded), *result.clock)))
+            begun = time.perf_counter()
+            results = think(
+                self._stages, crew._prior, run, [job.frame for job in mine], crew._timing, decoded=[job.decoded for job in mine]
+            )
+            self._learn((time.perf_counter() - begun) / len(mine))
+            crew._sequencer.put([(job.ticket, result) for job, result in zip(mine, results, strict=True)])
         return True
+
+    def _limit(self) -> int:
+        """Frames that are computed in `batch_s`, by the last ones: hundreds that are only classified, one that is refined."""
+        crew = self._crew
+        return max(1, min(crew._batch_frames, int(crew._batch_s / self._each_s)))
+
+    def _learn(self, each_s: float) -> None:
+        # Over some batches, so that one that another process held up does not halve the next.
+        self._each_s = each_s if self._each_s == math.inf else 0.75 * self._each_s + 0.25 * each_s
 
 
 class Sequencer:
@@ -186,7 +229,7 @@ class Sequencer:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._waiting: dict[int, PathItem] = {}
+        self._waiting: dict[int, tuple[PathItem, int]] = {}
         self._bytes = 0
         self._next = 0
         self._closed = False
@@ -196,14 +239,22 @@ class Sequencer:
     def nbytes(self) -> int:
         return self._bytes
 
-    def put(self, ticket: int, item: PathItem) -> None:
-        """Waits while the budget is spent, unless this is the very next item: that one always gets in, so nothing locks up."""
+    def put(self, items: Sequence[tuple[int, PathItem]]) -> None:
+        """Items with their tickets, ascending. Waits while the budget is spent, unless an item is the very next: that one always gets
+        in, so nothing locks up."""
         with self._changed:
-            self._changed.wait_for(lambda: ticket == self._next or self._bytes + item.nbytes <= self._budget or self._closed)
-            self._waiting[ticket] = item
-            self._bytes += item.nbytes
-            if ticket == self._next:
+            for ticket, item in items:
+                nbytes = item.nbytes
+                if self._next in self._waiting and self._bytes + nbytes > self._budget:
+                    self._changed.notify_all()  # of what this call has put in already
+                self._changed.wait_for(partial(self._admits, ticket, nbytes))
+                self._waiting[ticket] = item, nbytes
+                self._bytes += nbytes
+            if self._next in self._waiting:
                 self._changed.notify_all()
+
+    def _admits(self, ticket: int, nbytes: int) -> bool:
+        return ticket == self._next or self._bytes + nbytes <= self._budget or self._closed
 
     def take(self, limit: int, timeout_s: float | None = None) -> list[PathItem] | None:
         """Up to `limit` items in order; an empty list after `timeout_s`; None when closed and nothing is left that could come in order."""
@@ -211,9 +262,9 @@ class Sequencer:
             self._changed.wait_for(lambda: self._next in self._waiting or self._closed, timeout_s)
             items: list[PathItem] = []
             while len(items) < limit and self._next in self._waiting:
-                item = self._waiting.pop(self._next)
+                item, nbytes = self._waiting.pop(self._next)
                 self._next += 1
-                self._bytes -= item.nbytes
+                self._bytes -= nbytes
                 items.append(item)
             if items:
                 self._changed.notify_all()

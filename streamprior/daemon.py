@@ -102,6 +102,7 @@ def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = N
         prior,
         config.compute.workers or len(os.sched_getaffinity(0)),
         config.compute.batch_frames,
+        config.compute.batch_s,
         config.queues.compute_mb * _MIB,
         meters.stage,
     )

@@ -59,10 +59,11 @@ class Stopwatch:
 
     def begin(self, run: RunStarted) -> None: ...
 
-    def __call__(self, result: Result) -> Result:
-        exposed = result.detector_time if result.detector_time is not None else result.received
-        self.results.append((exposed, (("receive", result.received), *result.clock)))
-        return result
+    def __call__(self, results: Sequence[Result]) -> list[Result]:
+        for result in results:
+            exposed = result.detector_time if result.detector_time is not None else result.received
+            self.results.append((exposed, (("receive", result.received), *result.clock)))
+        return list(results)
 
 
 def run(settings: DemoSettings, place: Path, prior: Path, out: Console) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, Literal, Protocol, TypeVar
 
 Policy = Literal["block", "drop_oldest", "drop_newest"]
@@ -42,7 +42,7 @@ class Mailbox(Generic[T]):
         self._policy = policy
         self._dropped = dropped or (lambda item: None)
         self._droppable = droppable or (lambda item: True)
-        self._items: deque[T] = deque()
+        self._items: deque[tuple[T, int]] = deque()  # with their sizes: working one out twice costs as much as the rest
         self._bytes = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -60,30 +60,27 @@ class Mailbox(Generic[T]):
 
     def put(self, item: T) -> None:
         """Hand an item over; waits under "block". Into a closed mailbox nothing goes any more: the item counts as dropped."""
+        self.put_all((item,))
+
+    def put_all(self, items: Iterable[T]) -> None:
+        """Hand items over in their order, waking the other room once: at thousands a second its waking costs more than the items."""
         losers: list[T] = []
         with self._changed:
-            if self._policy == "block" or not self._droppable(item):
-                while self._full(item) and not self._closed and not self._make_room(item, losers):
-                    self._changed.wait()
-            elif self._policy == "drop_oldest":
-                self._make_room(item, losers)
-            if self._closed or (self._policy == "drop_newest" and self._full(item) and self._droppable(item)):
-                losers.append(item)
-            else:
-                self._items.append(item)
-                self._bytes += item.nbytes
-                self._changed.notify_all()
+            for item in items:
+                self._put(item, item.nbytes, losers)
+            self._changed.notify_all()
         for loser in losers:
             self._dropped(loser)
 
-    def take(self, limit: int, linger_s: float = 0.0, timeout_s: float | None = None) -> list[T] | None:
-        """Up to `limit` items, oldest first.
+    def take(self, limit: int, linger_s: float = 0.0, timeout_s: float | None = None, takers: int = 1) -> list[T] | None:
+        """Up to `limit` items, oldest first, and no more than one's share where several take.
 
         Waits for the first one (at most `timeout_s`, then returns an empty list); once there is one, waits up to `linger_s` for the
         batch to fill. None when the mailbox is closed and empty: the room upstream has left.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._closed, timeout_s)
+            if not self._items:
+                self._changed.wait_for(lambda: self._items or self._closed, timeout_s)
             if not self._items:
                 return None if self._closed else []
             if linger_s > 0 and len(self._items) < limit and not self._closed:
@@ -91,8 +88,11 @@ class Mailbox(Generic[T]):
                 self._changed.wait_for(
                     lambda: len(self._items) >= limit or self._closed or self._bytes >= self._budget, max(0, deadline - time.monotonic())
                 )
-            batch = [self._items.popleft() for _ in range(min(limit, len(self._items)))]
-            self._bytes -= sum(item.nbytes for item in batch)
+            batch = []
+            for _ in range(min(limit, -(-len(self._items) // takers))):
+                item, nbytes = self._items.popleft()
+                self._bytes -= nbytes
+                batch.append(item)
             self._changed.notify_all()
             return batch
 
@@ -106,25 +106,40 @@ class Mailbox(Generic[T]):
         """Close and empty at once; what was inside counts as dropped."""
         with self._changed:
             self._closed = True
-            losers = list(self._items)
+            losers = [item for item, _ in self._items]
             self._items.clear()
             self._bytes = 0
             self._changed.notify_all()
         for loser in losers:
             self._dropped(loser)
 
-    def _full(self, item: T) -> bool:
-        return bool(self._items) and self._bytes + item.nbytes > self._budget
+    def _put(self, item: T, nbytes: int, losers: list[T]) -> None:
+        """One item, with the lock held; what is left out for it, or it itself, joins the losers."""
+        if self._policy == "block" or not self._droppable(item):
+            while self._full(nbytes) and not self._closed and not self._make_room(nbytes, losers):
+                self._changed.notify_all()  # of what this call has put in already
+                self._changed.wait()
+        elif self._policy == "drop_oldest":
+            self._make_room(nbytes, losers)
+        if self._closed or (self._policy == "drop_newest" and self._full(nbytes) and self._droppable(item)):
+            losers.append(item)
+        else:
+            self._items.append((item, nbytes))
+            self._bytes += nbytes
 
-    def _make_room(self, item: T, losers: list[T]) -> bool:
-        """Under drop_oldest: move the oldest droppable items out until `item` fits. True when it fits."""
+    def _full(self, nbytes: int) -> bool:
+        return bool(self._items) and self._bytes + nbytes > self._budget
+
+    def _make_room(self, nbytes: int, losers: list[T]) -> bool:
+        """Under drop_oldest: move the oldest droppable items out until so many bytes fit. True when they do."""
         if self._policy != "drop_oldest":
             return False
-        while self._full(item):
-            candidate = next((one for one in self._items if self._droppable(one)), None)
+        while self._full(nbytes):
+            candidate = next((at for at, (one, _) in enumerate(self._items) if self._droppable(one)), None)
             if candidate is None:
                 break
-            self._items.remove(candidate)
-            self._bytes -= candidate.nbytes
-            losers.append(candidate)
-        return not self._full(item)
+            loser, size = self._items[candidate]
+            del self._items[candidate]
+            self._bytes -= size
+            losers.append(loser)
+        return not self._full(nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import groupby
 
 import structlog
@@ -21,19 +21,27 @@ log = structlog.get_logger(__name__)
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
 
+_BLOCK, _BLOCK_S = 256, 0.25
+"""Most items that a sink is given at once, and how long a complete one waits for them."""
 
-class _ImageWaits:
-    """Stands in the queue for the newest images, which may be larger than everything else in it."""
+_SHOW_S = 0.02
+"""Between two calls of a live sink: gauges and pages are looked at less often."""
 
-    nbytes = 100
+
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    """Stands in the queue for the newest of its kind (Result or MosaicImage) of one run, which is kept beside it."""
+
+    kind: type
+    run: str
+    nbytes: int = 100
 
 
 class Outbox:
     """One sink's room.
 
-    A complete sink gets everything, in order and again until it takes it; its full mailbox slows the path. Any other sink gets the
-    newest: its mailbox drops the oldest results, and what it could not take is forgotten. Of the images of a run every sink gets the
-    newest alone.
+    A complete sink gets everything, in order and again until it takes it; its full mailbox slows the path. Any other sink gets the newest
+    result of a run and forgets what it could not take. Of the images of a run every sink gets the newest alone.
 
     feeds : outboxes that this sink puts items into; they stay open until it has left. every : the sink is given every result although it
     does not account for them to the ledger.
@@ -47,12 +55,11 @@ class Outbox:
         self._writers = 1
         for one in feeds:
             one._writers += 1
-        self.mailbox: Mailbox[PathItem | _ImageWaits] = Mailbox(
-            budget_bytes,
-            "block" if sink.complete or every else "drop_oldest",
-            droppable=lambda item: isinstance(item, Result),
-        )
-        self._images: dict[str, MosaicImage] = {}  # the newest of each run
+        self.mailbox: Mailbox[PathItem | _Newest] = Mailbox(budget_bytes)
+        # A complete sink writes in blocks (some chunks of the archive). A live one is called a few times a second: more is seen by nobody.
+        self._linger_s = _BLOCK_S if sink.complete else _SHOW_S if not every else 0.0
+        self._conflated = (MosaicImage,) if sink.complete or every else (MosaicImage, Result)
+        self._newest: dict[_Newest, Result | MosaicImage] = {}
         self._changing = threading.Lock()
         self._ledger = ledger
         self._meters = meters
@@ -61,14 +68,23 @@ class Outbox:
         self.up = False
 
     def put(self, item: PathItem) -> None:
-        if not isinstance(item, MosaicImage):
-            self.mailbox.put(item)
-            return
+        self.put_all((item,))
+
+    def put_all(self, items: Sequence[PathItem]) -> None:
+        """Hand items over in their order."""
+        queued = [one for item in items if (one := self._queued(item)) is not None]
+        if queued:  # the room is not woken for what waits there already
+            self.mailbox.put_all(queued)
+
+    def _queued(self, item: PathItem) -> PathItem | _Newest | None:
+        """What goes into the queue for an item; None where something there stands for it already."""
+        if not isinstance(item, self._conflated):
+            return item
+        place = _Newest(type(item), item.run)
         with self._changing:
-            waits = bool(self._images)
-            self._images[item.run] = item
-        if not waits:
-            self.mailbox.put(_ImageWaits())
+            waits = place in self._newest
+            self._newest[place] = item
+        return None if waits else place
 
     def leave(self) -> None:
         """One who puts items in has no more; with the last one the room closes."""
@@ -82,8 +98,7 @@ class Outbox:
         """Write what has gathered; False when the path has ended and the sink is closed."""
         if not self._open:
             self._open = self._attempt(self.sink.open)
-        # A complete sink writes in blocks (one chunk of the archive). A live one takes what is there, at once, and shows the last of it.
-        items = self.mailbox.take(64, linger_s=0.25 if self.sink.complete else 0.0)
+        items = self.mailbox.take(_BLOCK, linger_s=self._linger_s)
         if items is None:
             self._attempt(self.sink.close)
             for one in self._feeds:
@@ -115,7 +130,14 @@ class Outbox:
         if self.sink.complete:
             self._meters.archived(results, time.time())
 
-    def _turn(self, item: PathItem | _ImageWaits) -> None:
+    def _turn(self, item: PathItem | _Newest) -> None:
+        if isinstance(item, _Newest):
+            with self._changing:
+                newest = self._newest.pop(item)
+            if isinstance(newest, Result):
+                self._write([newest])
+                return
+            item = newest
         if isinstance(item, RunStarted):
             self._attempt(lambda: self.sink.begin(item))
         elif isinstance(item, RunEnded):
@@ -123,13 +145,8 @@ class Outbox:
             if self.sink.complete:
                 account = self._ledger.close_run(item)
                 (log.info if account["balanced"] else log.error)("run closed", reason=item.reason, ledger=account_line(account))
-        elif isinstance(item, Positions):
+        elif isinstance(item, Positions | MosaicImage):
             self._attempt(lambda: self.sink.note(item))
-        elif isinstance(item, _ImageWaits):
-            with self._changing:
-                images, self._images = list(self._images.values()), {}
-            for image in images:
-                self._attempt(partial(self.sink.note, image))
 
     def _attempt(self, call: Callable[[], None]) -> bool:
         """Call the sink; a complete one again and again with growing pauses while it is unavailable. False when it was given up.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
 import structlog
 
@@ -24,7 +25,7 @@ from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
 from streamprior.records import Frame, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
 from streamprior.runs import LateFrame, Runs
-from streamprior.seams import Admit, Decoded, Decoder, Keep, Message, Source, Watch, document_nbytes
+from streamprior.seams import Admit, Decoded, Decoder, Keep, Message, PathItem, Source, Watch, document_nbytes
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +34,15 @@ _BEAT_S = 0.1
 
 _GRACE_S = 0.5
 """How long a stop goes on taking what the socket holds."""
+
+_MOST = 64
+"""Items that a room takes at once: waking the next room for each of them costs more than what is done to it."""
+
+_GATHER_S = 0.001
+"""How long messages, and decoded frames, gather before they go on; large ones, which take longer each, go on one by one."""
+
+_DRAIN_BYTES = 2**20
+"""Of messages that gather: they are not yet in a mailbox, whose budget bounds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,8 @@ class Pipeline:
         self.received: Mailbox[Received] = Mailbox(receive_bytes, receive_policy, dropped=self._unheard)
         self._receiving = 1 if readings is None else 2
         self._ticket = 0
+        self._entered: list[Job] = []  # frames that are about to go to the crew, and since when
+        self._entered_at = math.inf
         self._lost_of = ""  # series of which it was said that positions came too late
         self._stopping = threading.Event()
         self._stopped_at = 0.0
@@ -151,11 +163,13 @@ class Pipeline:
         """Socket -> mailbox. Only drains, stamps and hands over: nothing is decoded here."""
         source = wire.source
         stopping = self._stopping.is_set()
-        message = source.receive(0 if stopping else _BEAT_S)
-        if message is not None:
-            self.received.put(Received(message, time.time(), wire))
+        drained: list[Received] = []
+        try:
+            self._drain(wire, drained, 0 if stopping else _BEAT_S)
+        finally:  # what came before a source failed has been accepted
+            self.received.put_all(drained)
         # On a stop, what the socket already holds still counts as accepted; a sender that goes on for ever does not.
-        over = source.exhausted or (stopping and (message is None or time.monotonic() > self._stopped_at + _GRACE_S))
+        over = source.exhausted or (stopping and (not drained or time.monotonic() > self._stopped_at + _GRACE_S))
         if over:
             source.close()
             if wire is self._frames and self._receiving > 1:
@@ -167,19 +181,34 @@ class Pipeline:
                 self.received.close()
         return not over
 
+    def _drain(self, wire: Wire, drained: list[Received], timeout_s: float) -> None:
+        """The next message, and those that are there already."""
+        message = wire.source.receive(timeout_s)
+        until, room = time.monotonic() + _GATHER_S, _DRAIN_BYTES
+        while message is not None:
+            drained.append(Received(message, time.time(), wire))
+            room -= drained[-1].nbytes
+            if len(drained) == _MOST or room < 0 or time.monotonic() > until:
+                return
+            message = wire.source.receive(0)
+
     def decode(self) -> bool:
         """Raw messages -> jobs for the crew; runs open and close here."""
-        batch = self.received.take(64, timeout_s=_BEAT_S)
+        batch = self.received.take(_MOST, timeout_s=_BEAT_S)
         if batch is None:
             self._release(math.inf)
             self._turn(self._runs.shutdown())
+            self._submit()
             self._crew.close()
             return False
         for item in batch:
             self._decode_one(item)
+            if time.monotonic() > self._entered_at + _GATHER_S:
+                self._submit()
         # While the path is behind, the position that a frame waits for may have been received and be waiting here as well.
         self._release(batch[-1].at if batch and len(self.received) else time.time())
         self._turn(self._runs.tick())
+        self._submit()
         return True
 
     def _decode_one(self, item: Received) -> None:
@@ -216,7 +245,8 @@ class Pipeline:
             self._locate(record)
         elif isinstance(record, Frame):
             self._enter(record, message)
-            self._locate(Positions(record.source, record.series, record.late))
+            if record.late:
+                self._locate(Positions(record.source, record.series, record.late))
 
     def _locate(self, late: Positions) -> None:
         """Positions that came after their frames, to the run in hand; for a run that is over they are of no use to anybody."""
@@ -224,7 +254,7 @@ class Pipeline:
         if not late.positions:
             return
         if run is not None and run.series == late.series:
-            self._crew.pass_on(self._next_ticket(), replace(late, run=run.uid))
+            self._pass_on(replace(late, run=run.uid))
         elif late.series != self._lost_of:
             self._lost_of = late.series
             log.warning(
@@ -235,13 +265,15 @@ class Pipeline:
         """A decoded frame joins its run, unless it is late, known already, or of no use to the prior."""
         self._meters.received()
         try:
-            changes, frame = self._runs.frame(frame)
+            changes = self._runs.frame(frame)
         except LateFrame as late:
             self._turn_away(late.uid, "decode", "late")
             return
         self._turn(changes)
-        if not self._ledger.received(frame.run, frame.index):
-            self._ledger.dropped(frame.run, None, "decode", "duplicate")
+        run = self._runs.current
+        assert run is not None
+        if not self._ledger.received(run.uid, frame.index):
+            self._ledger.dropped(run.uid, None, "decode", "duplicate")
             self._meters.dropped("decode", "duplicate")
             return
         try:
@@ -249,36 +281,58 @@ class Pipeline:
         except WireError as error:
             self._quarantine(frame.index, message, error)
             return
-        run = self._runs.current
-        assert run is not None
-        self._crew.submit(Job(self._next_ticket(), run, frame, time.time()))
+        if not self._entered:
+            self._entered_at = time.monotonic()
+        self._entered.append(Job(self._next_ticket(), run, frame, time.time()))
+
+    def _submit(self) -> None:
+        """What has gathered, to the crew."""
+        jobs, self._entered, self._entered_at = self._entered, [], math.inf
+        if jobs:
+            self._crew.submit(jobs)
+
+    def _pass_on(self, item: RunStarted | Positions | RunEnded) -> None:
+        # Behind every frame that came before it: it would otherwise wait for their results while they wait here.
+        self._submit()
+        self._crew.pass_on(self._next_ticket(), item)
 
     def _turn(self, changes: Sequence[RunStarted | RunEnded]) -> None:
         for change in changes:
             if isinstance(change, RunStarted):
                 self._ledger.open_run(change)
                 log.info("run opened", run=change.uid, series=change.series, expected=change.expected)
-            self._crew.pass_on(self._next_ticket(), change)
+            self._pass_on(change)
 
     def sequence(self) -> bool:
         """Results in order -> drift watch -> every outbox."""
-        items = self._crew.take(64, _BEAT_S)
+        items = self._crew.take(_MOST, _BEAT_S)
         if items is None:
             for outbox in self._outboxes:
                 outbox.leave()
             return False
+        watched: list[PathItem] = []
+        for kind, group in groupby(items, key=type):
+            of_kind = [*group]
+            watched += self._watch(of_kind) if kind is Result else self._begin(of_kind)
+        if watched:
+            for outbox in self._outboxes:
+                outbox.put_all(watched)
+        return True
+
+    def _watch(self, items: list[PathItem]) -> list[Result]:
+        results = [item for item in items if isinstance(item, Result)]
+        for watch in self._watches:
+            results = watch(results)
+        self._meters.thought(results)
+        return results
+
+    def _begin(self, items: list[PathItem]) -> list[PathItem]:
+        """What is no result goes on as it is; the watches hear of a new run."""
         for item in items:
             if isinstance(item, RunStarted):
                 for watch in self._watches:
                     watch.begin(item)
-            elif isinstance(item, Result):
-                for watch in self._watches:
-                    item = watch(item)
-                item = replace(item, clock=(*item.clock, ("drift", time.time())))
-                self._meters.thought(item)
-            for outbox in self._outboxes:
-                outbox.put(item)
-        return True
+        return items
 
     def _next_ticket(self) -> int:
         self._ticket += 1

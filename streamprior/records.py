@@ -97,7 +97,6 @@ class Frame:
     detector_time: float | None = None
     position: tuple[float, float] | None = None
     origin: int | None = None
-    run: str = ""
     late: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     flags: int = 0
 

@@ -66,11 +66,11 @@ class Runs:
         self._announced = True
         return [*ended, started]
 
-    def frame(self, frame: Frame) -> tuple[list[RunStarted | RunEnded], Frame]:
-        """A frame: what it opened or closed, and the frame with its run's uid. Raises LateFrame for a closed run's."""
+    def frame(self, frame: Frame) -> list[RunStarted | RunEnded]:
+        """A frame: what it opened or closed; it belongs to the run that is then `current`. Raises LateFrame for a closed run's."""
         if self._open is not None and self._open.series == frame.series:
             self._heard = self._clock()
-            return [], replace(frame, run=self._open.uid)
+            return []
         now = self._clock()
         uid, last = self._closed.get(frame.series, ("", -math.inf))
         if now - last < self._idle_s:
@@ -81,7 +81,7 @@ class Runs:
         if self._paused is not None and self._paused.series == frame.series:
             hint = replace(hint, detector=self._paused.detector, metadata=self._paused.metadata)
         ended, started = self._close("new_series"), self._begin(hint)
-        return [*ended, started], replace(frame, run=started.uid)
+        return [*ended, started]
 
     def end(self, hint: SeriesEnd) -> list[RunEnded]:
         """An end message; one for another series than the open one says nothing."""

@@ -81,13 +81,13 @@ class Stage(Protocol):
 
 
 class Watch(Protocol):
-    """A stage that must see results in order, one by one (drift): it runs after the sequencer."""
+    """A stage that must see a run's results in order (drift): it runs after the sequencer, and gives back what it was given, completed."""
 
     name: str
 
     def begin(self, run: RunStarted) -> None: ...
 
-    def __call__(self, result: Result) -> Result: ...
+    def __call__(self, results: Sequence[Result]) -> list[Result]: ...
 
 
 class Sink(Protocol):

@@ -174,6 +174,8 @@ def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path)
         def receive(self, timeout_s: float) -> bytes | None:
             if self._messages:
                 return self._messages.popleft()
+            if not timeout_s:
+                return None
             assert stuck.entered.wait(30)
             raise ZeroDivisionError("a bug")
 

@@ -463,7 +463,7 @@ def test_of_a_file_with_damaged_frames_the_others_are_published_and_the_ledger_b
         Wire(source, AsRead()),
         Joiner(PositionSettings(), separate=False),
         Runs(house.ledger.distinct, late_s=0.1, idle_s=60),
-        ThreadCrew(house.recipe.stages, house.prior, 2, 4, 2**20, house.meters.stage),
+        ThreadCrew(house.recipe.stages, house.prior, 2, 4, 1.0, 2**20, house.meters.stage),
         house.recipe.watches(),
         [Outbox(archive, 2**20, house.ledger, house.meters)],
         house.ledger,

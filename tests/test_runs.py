@@ -31,9 +31,8 @@ def test_a_whole_series_opens_and_closes_by_its_messages() -> None:
     (opened,) = hall.runs.start(start())
     assert isinstance(opened, RunStarted)
     assert opened.expected == 3
-    changes, received = hall.runs.frame(frame())
-    assert changes == []
-    assert received.run == opened.uid
+    assert hall.runs.frame(frame()) == []
+    assert hall.runs.current == opened
     hall.count = 3
     (ended,) = hall.runs.end(SeriesEnd("eiger", "A"))
     assert (ended.uid, ended.reason) == (opened.uid, "end")
@@ -41,9 +40,10 @@ def test_a_whole_series_opens_and_closes_by_its_messages() -> None:
 
 def test_a_frame_opens_a_run_when_its_start_is_missing() -> None:
     hall = Hall()
-    (opened,), received = hall.runs.frame(frame("B"))
+    (opened,) = hall.runs.frame(frame("B"))
     assert isinstance(opened, RunStarted)
-    assert (opened.series, opened.expected, received.run) == ("B", None, opened.uid)
+    assert (opened.series, opened.expected) == ("B", None)
+    assert hall.runs.current == opened
 
 
 def test_an_end_message_waits_for_frames_that_are_still_under_way() -> None:
@@ -106,9 +106,10 @@ def test_a_frame_of_a_series_that_was_over_for_long_is_of_another_one_of_that_na
         with pytest.raises(LateFrame):
             hall.runs.frame(frame("1"))
     hall.now = 140.0
-    (opened,), again = hall.runs.frame(frame("1"))
+    (opened,) = hall.runs.frame(frame("1"))
     assert isinstance(opened, RunStarted)
-    assert again.run == opened.uid != ended.uid
+    assert hall.runs.current == opened
+    assert opened.uid != ended.uid
 
 
 def test_a_series_that_starts_again_is_a_new_run() -> None:
@@ -117,7 +118,8 @@ def test_a_series_that_starts_again_is_a_new_run() -> None:
     hall.runs.start(start("B"))
     *_, again = hall.runs.start(start("A"))
     assert again.uid != first.uid
-    assert hall.runs.frame(frame("A"))[1].run == again.uid
+    assert hall.runs.frame(frame("A")) == []
+    assert hall.runs.current == again
 
 
 def test_a_repeated_start_changes_nothing_and_a_stray_end_neither() -> None:
@@ -153,9 +155,9 @@ def test_a_scan_that_was_paused_goes_on_in_a_new_run_with_the_same_detector() ->
     (first,) = hall.runs.start(start("A"))
     hall.now = 61.0
     assert [ended.reason for ended in hall.runs.tick()] == ["idle"]
-    (second,), received = hall.runs.frame(frame("A", 2))
+    (second,) = hall.runs.frame(frame("A", 2))
     assert second.uid != first.uid
-    assert received.run == second.uid
+    assert hall.runs.current == second
     assert second.detector is first.detector
 
 
@@ -164,7 +166,8 @@ def test_an_expected_number_of_zero_does_not_close_the_run_before_its_first_fram
     (opened,) = hall.runs.start(start(expected=0))
     hall.now = 30.0
     assert hall.runs.tick() == []
-    assert hall.runs.frame(frame())[1].run == opened.uid
+    assert hall.runs.frame(frame()) == []
+    assert hall.runs.current == opened
 
 
 def test_silence_closes_a_run_without_end() -> None:

@@ -184,7 +184,7 @@ def test_starts_and_abstentions_are_counted_and_the_distance_is_that_of_the_prot
     assert [scraped()["streamprior_arm_kept_total", arm] for arm in ("prototype", "flat", "none")] == [0, 0, 0]
     assert scraped()["streamprior_frames_abstained_total",] == 0
     for result in (shown(arm="prototype", unit=3), shown(arm="prototype"), shown(flags=Flag.ABSTAINED), shown(arm="none")):
-        meters.thought(result)
+        meters.thought([result])
     assert [scraped()["streamprior_arm_kept_total", arm] for arm in ("prototype", "flat", "none")] == [2, 1, 1]
     assert scraped()["streamprior_frames_abstained_total",] == 1
     meters.newest(replace(shown(distance=0.25, class_distance=1.5), iou={}, score={}))

@@ -173,7 +173,7 @@ def test_a_foreign_series_goes_through_the_daemons_path(tmp_path: Path, algorith
         Wire(source, StreamV2Decoder("detector")),
         Joiner(PositionSettings(), separate=False),
         Runs(ledger.distinct, late_s=0.1, idle_s=60),
-        ThreadCrew(recipe.stages, prior, 1, 4, 2**20, meters.stage),
+        ThreadCrew(recipe.stages, prior, 1, 4, 1.0, 2**20, meters.stage),
         recipe.watches(),
         [Outbox(archive, 2**20, ledger, meters)],
         ledger,

@@ -142,7 +142,7 @@ class House:
             Wire(source, decoder_of(spoken)),
             Joiner(PositionSettings(), separate=False),
             Runs(self.ledger.distinct, late_s=60, idle_s=60),
-            ThreadCrew(RECIPE.stages, PRIOR, 1, 16, 2**24, meters.stage),
+            ThreadCrew(RECIPE.stages, PRIOR, 1, 16, 1.0, 2**24, meters.stage),
             RECIPE.watches(),
             [Outbox(self.archive, 2**24, self.ledger, meters)],
             self.ledger,

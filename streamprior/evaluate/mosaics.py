@@ -56,7 +56,7 @@ def stream_mosaic(
             batch = [_frame(recording, i, positions) for i in range(done, min(done + _BATCH, stop))]
             results = think(stages, prior, run, batch)
             for watch in watches:
-                results = [watch(result) for result in results]
+                results = watch(results)
             scan.take(results)
             done += len(batch)
         serial += 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,8 @@ log = structlog.get_logger(__name__)
 _FAINT = 0.9
 """Part of the faintest training frame's flux: photon noise alone may take a frame as faint as that one below it."""
 
+_TOGETHER_BYTES = 4 * 2**20
+"""Of frames that are compared in one call."""
 
 NOTHING = (0.0, 0.0)
 """Baseline of what no training frame has."""
@@ -35,18 +40,18 @@ def measured_here(class_names: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MaskNumbers:
-    """What one class map says beside two others; arrays are (K,) float64, NaN where a class is in neither map.
+    """What class maps say beside two others, B of them; float64, NaN where a class is in neither map.
 
-    iou, iou_previous : intersection over union with the reference and with the frame before. fraction : share of measured pixels.
-    centre_row, centre_column : centroid of class 0 (the core), prepared pixels. flux : mean photons per measured pixel.
+    iou, iou_previous : (B, K), intersection over union with the reference and with the frame before. fraction : (B, K), share of measured
+    pixels. centre_row, centre_column : (B,), centroid of class 0 (the core), prepared pixels. flux : (B,), mean photons per measured pixel.
     """
 
     iou: npt.NDArray[np.float64]
     iou_previous: npt.NDArray[np.float64]
     fraction: npt.NDArray[np.float64]
-    centre_row: float
-    centre_column: float
-    flux: float
+    centre_row: npt.NDArray[np.float64]
+    centre_column: npt.NDArray[np.float64]
+    flux: npt.NDArray[np.float64]
 
 
 def mask_numbers(
@@ -56,24 +61,28 @@ def mask_numbers(
     previous: npt.NDArray[np.uint8],
     classes: int,
 ) -> MaskNumbers:
-    """Compare class maps (H, W) over the pixels that are measured in both; ids of NOT_MEASURED are left out."""
-    table = np.zeros((5, classes), np.int64)
-    sums = np.zeros(5)
-    _compare(ids, counts, reference, previous, table, sums)
-    size, both, either, both_previous, either_previous = table
+    """Compare class maps with a reference and each with the one before it, over the pixels that are measured in both.
+
+    ids : (B, H, W), NOT_MEASURED is left out. counts : (B, H, W). reference : (H, W). previous : (H, W), the map before the first.
+    """
+    table = np.zeros((len(ids), 5, classes), np.int64)
+    sums = np.zeros((len(ids), 5))
+    _compare_all(ids, counts, reference, previous, table, sums)
+    size, both, either, both_previous, either_previous = np.moveaxis(table, 1, 0)
+    rows, columns, core, photons, measured = sums.T
     with np.errstate(invalid="ignore", divide="ignore"):
         return MaskNumbers(
             iou=both / either,
             iou_previous=both_previous / either_previous,
-            fraction=size / sums[4],
-            centre_row=float(sums[0] / sums[2]) if sums[2] else float("nan"),
-            centre_column=float(sums[1] / sums[2]) if sums[2] else float("nan"),
-            flux=float(sums[3] / sums[4]) if sums[4] else 0.0,
+            fraction=size / measured[:, None],
+            centre_row=rows / core,
+            centre_column=columns / core,
+            flux=np.where(measured > 0, photons / measured, 0.0),
         )
 
 
 class DriftWatch:
-    """Sees a run's results one by one; owns the mask of the frame before.
+    """Sees a run's results in order; owns the mask of the frame before.
 
     Parameters
     ----------
@@ -87,86 +96,109 @@ class DriftWatch:
         self._prior = prior
         self._limit = limit
         self._patience = patience
+        self._measured = measured_here(prior.class_names)
+        self._signals = (*self._measured, "chi2", "class_distance", "prior_distance")
+        self._mean, self._deviation = _baselines(prior, self._signals)
         self._previous: npt.NDArray[np.uint8] | None = None
         self._on: set[str] = set()
-        self._contrary: dict[str, int] = {}  # frames in a row that speak against the alarm's present state
+        self._contrary: dict[str, int] = {}  # frames in a row that speak against the alarm's present state, where there are any
 
     def begin(self, run: RunStarted) -> None:
         self._previous = None
         self._on = set()
         self._contrary = {}
 
-    def __call__(self, result: Result) -> Result:
-        prior = self._prior
-        numbers = mask_numbers(
-            result.classes,
-            result.counts,
-            prior.reference,
-            result.classes if self._previous is None else self._previous,
-            len(prior.class_names),
-        )
-        self._previous = result.classes
-        values = {
-            "flux": numbers.flux,
-            "centre_row": numbers.centre_row,
-            "centre_column": numbers.centre_column,
-        } | {f"fraction_{name}": float(share) for name, share in zip(prior.class_names, numbers.fraction, strict=True)}
-        score = self._scores(values, result)
-        before = self._on.copy()
-        alarms = self._alarms(score) if not result.flags & Flag.EMPTY else ()
-        for signal in self._on ^ before:
-            log.warning("drift alarm", signal=signal, on=signal in self._on, frame=result.index, sigmas=round(score[signal], 1))
-        return replace(
-            result,
-            iou=dict(zip(prior.class_names, map(float, numbers.iou), strict=True)),
-            iou_previous=dict(zip(prior.class_names, map(float, numbers.iou_previous), strict=True)),
-            drift=values,
-            score=score,
-            alarms=alarms,
-        )
+    def __call__(self, results: Sequence[Result]) -> list[Result]:
+        # Frames side by side in memory, for one call of the kernel: giving up and taking back the interpreter for each would cost more.
+        # Large ones are not copied; for them it costs nothing.
+        together = max(1, _TOGETHER_BYTES // max(1, results[0].counts.nbytes)) if results else 1
+        seen: list[Result] = []
+        for first in range(0, len(results), together):
+            seen += self._see(results[first : first + together])
+        return seen
 
-    def _scores(self, values: Mapping[str, float], result: Result) -> dict[str, float]:
-        """Deviations from the baseline; NaN where there is nothing to judge by.
+    def _see(self, results: Sequence[Result]) -> list[Result]:
+        names = self._prior.class_names
+        ids, counts = (_stacked([result.classes for result in results]), _stacked([result.counts for result in results]))
+        numbers = mask_numbers(ids, counts, self._prior.reference, ids[0] if self._previous is None else self._previous, len(names))
+        self._previous = results[-1].classes
+        values = np.column_stack([numbers.flux, numbers.centre_row, numbers.centre_column, numbers.fraction])
+        scores = self._scores(values, results)
+        beyond = np.any(np.abs(scores) > self._limit, axis=1)
+        now = time.time()
+        rows = zip(results, numbers.iou.tolist(), numbers.iou_previous.tolist(), values.tolist(), scores.tolist(), beyond.tolist(), strict=True)
+        seen = []
+        for result, iou, iou_previous, value, row, out in rows:
+            score = dict(zip(self._signals, row, strict=True))
+            seen.append(
+                replace(
+                    result,
+                    iou=dict(zip(names, iou, strict=True)),
+                    iou_previous=dict(zip(names, iou_previous, strict=True)),
+                    drift=dict(zip(self._measured, value, strict=True)),
+                    score=score,
+                    alarms=self._alarms(result, score) if out or self._on or self._contrary else (),
+                    clock=(*result.clock, (self.name, now)),
+                )
+            )
+        return seen
+
+    def _scores(self, values: npt.NDArray[np.float64], results: Sequence[Result]) -> npt.NDArray[np.float64]:
+        """(B, signals), deviations from the baseline; NaN where there is nothing to judge by.
 
         A frame fainter than any the prior was grown on is judged by its flux alone: where there are few photons, centre, classes and
         chi2 are those of the noise, and every rocking curve would end in an alarm.
         """
-        baselines = self._prior.baselines
-        score = {signal: _score(value, baselines.get(signal)) for signal, value in values.items()}
-        # The same misfit is much at the peak and little on the flank: what counts is how far above its noise it lies.
-        score["chi2"] = _score(result.chi2 / result.chi2_floor, baselines.get("chi2_over_floor"))
-        score["class_distance"] = _score(result.class_distance, baselines.get("class_distance"))
-        # Without a library, or with one prototype alone, training has no distance: its baseline is then (0, 0), which judges nothing.
-        distance = baselines.get("distance", NOTHING)
-        score["prior_distance"] = _score(result.distance, None if distance == NOTHING else distance)
-        least, _ = baselines.get("flux_least", (0.0, 0.0))
-        if values["flux"] < _FAINT * least:
-            score |= dict.fromkeys(score.keys() - {"flux"}, float("nan"))
-        return score
+        others = np.array([(result.chi2, result.chi2_floor, result.class_distance, result.distance) for result in results])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # The same misfit is much at the peak and little on the flank: what counts is how far above its noise it lies.
+            others[:, 0] /= others[:, 1]
+            scores = (np.column_stack([values, others[:, [0, 2, 3]]]) - self._mean) / self._deviation
+        least, _ = self._prior.baselines.get("flux_least", (0.0, 0.0))
+        scores[values[:, 0] < _FAINT * least, 1:] = np.nan
+        return np.asarray(scores)
 
-    def _alarms(self, score: Mapping[str, float]) -> tuple[str, ...]:
+    def _alarms(self, result: Result, score: Mapping[str, float]) -> tuple[str, ...]:
         """An alarm changes its state after `patience` frames in a row that speak for the other one: it flickers neither on nor off."""
+        if result.flags & Flag.EMPTY:
+            return ()
         for signal, value in score.items():
-            if np.isnan(value):
+            if math.isnan(value):
                 # Not measured (a frame without refinement, a class without a pixel): says nothing for or against.
                 continue
-            contrary = (abs(value) > self._limit) != (signal in self._on)
-            self._contrary[signal] = self._contrary.get(signal, 0) + 1 if contrary else 0
-            if self._contrary[signal] >= self._patience:
+            contrary = self._contrary.pop(signal, 0) + 1
+            if (abs(value) > self._limit) == (signal in self._on):
+                continue
+            if contrary >= self._patience:
                 self._on ^= {signal}
-                self._contrary[signal] = 0
+                log.warning("drift alarm", signal=signal, on=signal in self._on, frame=result.index, sigmas=round(value, 1))
+            else:
+                self._contrary[signal] = contrary
         return tuple(signal for signal in score if signal in self._on)
 
 
-def _score(value: float, baseline: tuple[float, float] | None) -> float:
-    """Deviation in standard deviations; NaN without a baseline. A baseline without spread still gives a finite score."""
-    if baseline is None:
-        return float("nan")
-    mean, deviation = baseline
-    return (value - mean) / max(deviation, 1e-6 * max(abs(mean), 1e-6))
+def _stacked(maps: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.stack(maps) if len(maps) > 1 else maps[0][None]
+
+
+def _baselines(prior: Prior, names: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and standard deviation of each signal; NaN without a baseline. One without spread still gives a finite score."""
+    known = {**prior.baselines, "chi2": prior.baselines.get("chi2_over_floor"), "prior_distance": prior.baselines.get("distance")}
+    # Without a library, or with one prototype alone, training has no distance: its baseline is then (0, 0), which judges nothing.
+    if known["prior_distance"] == NOTHING:
+        known["prior_distance"] = None
+    pairs = np.array([known.get(name) or (math.nan, math.nan) for name in names])
+    mean = pairs[:, 0]
+    return mean, np.maximum(pairs[:, 1], 1e-6 * np.maximum(np.abs(mean), 1e-6))
 
 
 _HOLE = np.uint8(NOT_MEASURED)
+
+
+@kernel
+def _compare_all(ids, counts, reference, previous, table, sums):  # type: ignore[no-untyped-def]
+    for b in range(ids.shape[0]):
+        _compare(ids[b], counts[b], reference, ids[b - 1] if b > 0 else previous, table[b], sums[b])
 
 
 @kernel

@@ -243,14 +243,11 @@ def _unseen(one: Photons, own: npt.NDArray[np.intp], prior: Prior, nearest: Near
 
 def _mask_baselines(photons: Photons, classes: Classes, prior: Prior) -> Pairs:
     number = len(prior.class_names)
-    numbers = [mask_numbers(ids, counts, prior.reference, ids, number) for ids, counts in zip(classes.ids, photons.counts, strict=True)]
-    pairs = {
-        "centre_row": _pair(np.array([one.centre_row for one in numbers])),
-        "centre_column": _pair(np.array([one.centre_column for one in numbers])),
-    }
+    numbers = mask_numbers(classes.ids, photons.counts, prior.reference, classes.ids[0], number)
+    pairs = {"centre_row": _pair(numbers.centre_row), "centre_column": _pair(numbers.centre_column)}
     for k, name in enumerate(prior.class_names):
-        pairs[f"fraction_{name}"] = _pair(np.array([one.fraction[k] for one in numbers]))
-        pairs[f"iou_{name}"] = _pair(np.array([one.iou[k] for one in numbers]))
+        pairs[f"fraction_{name}"] = _pair(numbers.fraction[:, k])
+        pairs[f"iou_{name}"] = _pair(numbers.iou[:, k])
     return pairs
 
 
