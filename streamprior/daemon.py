@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -156,6 +157,9 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     daemon.recipe.warm_up()
     if daemon.mosaic is not None:
         daemon.mosaic.warm_up()
+    # What is there now stays: a full collection in mid-run would otherwise look at all of it, which takes longer than a frame may.
+    gc.collect()
+    gc.freeze()
     daemon.server.start()
     try:
         daemon.source.open()

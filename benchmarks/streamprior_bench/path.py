@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -9,49 +10,67 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyarrow import Table
 
 from streamprior import daemon
 from streamprior.config import Config, make_config
 from streamprior.crew import think
 from streamprior.prior import Prior, save_prior
-from streamprior.records import Detector, Frame, RunStarted
+from streamprior.records import Detector, Frame, Result, RunStarted
 from streamprior.sinks.archive import read_run, run_folders
 from streamprior.stages.recipe import Recipe
 from streamprior_bench.classify import synthetic_frames, synthetic_prior
+from streamprior_bench.measure import spread
 from streamprior_bench.send_frames import repeated_frames
 
 SIZE = 128
 BLOCK = 16
-"""Frames a worker takes at once, as the daemon's default."""
+"""Frames that the stages alone are given at once."""
+
+LATENCY_S = 10.0
+"""Length of the run whose latencies are taken, and how much of its beginning is left out: the first frames meet cold caches."""
+WARM_S = 1.0
 
 
-def run(repeats: int = 3) -> Iterator[dict[str, Any]]:
-    """Refinement on (its defaults, from a flat start) and off, 128 x 128 uint16, a sender in a process of its own that shares the cores."""
+def run(repeats: int = 3, only: str = "") -> Iterator[dict[str, Any]]:
+    """Rates with refinement on (its defaults, from a flat start) and off, then latencies at half of each rate, 128 x 128 uint16; the sender
+    is a process of its own that shares the cores."""
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         prior = _prior()
         save_prior(prior, Path(folder) / "prior.h5")
-        for refine, frames in ((True, 3000), (False, 12000)):
+        for refine, frames in ((True, 3000), (False, 20000)):
+            what = f"{SIZE}x{SIZE} uint16, refinement {'on' if refine else 'off'}"
+            if only not in f"{what}, half load":
+                continue
             config = _config(Path(folder), refine)
-            alone, through = [], []
+            alone, through, rooms = [], [], []
             for _ in range(repeats):
                 alone.append(_stages_alone(config, prior, cores, min(frames, 2000)))
-                through.append(_through(config, frames))
+                rate, busy = _through(config, frames)
+                through.append(rate)
+                rooms.append(busy)
             kernels, path = statistics.median(alone), statistics.median(through)
             yield {
-                "what": f"{SIZE}x{SIZE} uint16, refinement {'on' if refine else 'off'}",
+                "what": what,
                 "frames": frames,
                 "cores": cores,
                 "path_frames_per_s": path,
+                "path_spread": spread(through),
                 "stages_alone_frames_per_s": kernels,
                 "path_over_stages": path / kernels,
             }
+            yield {
+                "what": f"{what}, CPU microseconds a frame by room",
+                **{room: statistics.median(one[room] for one in rooms) for room in rooms[0]},
+            }
+            yield {"what": f"{what}, half load", **_latencies(config, path / 2)}
 
 
 def _prior() -> Prior:
@@ -99,20 +118,63 @@ def _stages_alone(config: Config, prior: Prior, workers: int, count: int) -> flo
     return count / (time.perf_counter() - begun)
 
 
-def _through(config: Config, count: int) -> float:
-    """Frames a second from the first message out of the socket to the archive's last block."""
-    daemon.configure_logging(config.log)
+class _Stopwatch:
+    """Stands behind the drift watch and keeps what every result's clock says, and when it was there itself."""
+
+    name = "stopwatch"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float, dict[str, float]]] = []
+
+    def begin(self, run: RunStarted) -> None: ...
+
+    def __call__(self, results: Sequence[Result]) -> list[Result]:
+        now = time.time()
+        self.seen += [(result.detector_time or math.nan, now, dict(result.clock)) for result in results]
+        return list(results)
+
+
+def _through(config: Config, count: int) -> tuple[float, dict[str, float]]:
+    """Frames a second from the first message out of the socket to the archive's last block, and the CPU time of each room."""
     running = daemon.build(config)
+    busy: dict[str, float] = {}
+    rows = _run(running, config, count, lambda: busy.update(_cpu_seconds()))
+    rate = count / float(rows["published"].to_numpy().max() - rows["received"].to_numpy().min())
+    return rate, {room: 1e6 * seconds / count for room, seconds in busy.items()}
+
+
+def _latencies(config: Config, rate_hz: float) -> dict[str, Any]:
+    """Milliseconds since a frame was due at the sender: its class map and object computed, on their way to the sinks ("out"), archived."""
+    stopwatch = _Stopwatch()
+    running = daemon.build(config, [stopwatch])
+    rows = _run(running, config, round(LATENCY_S * rate_hz), lambda: None, rate_hz)
+    seen = stopwatch.seen[round(WARM_S * rate_hz) :]
+    exposed = np.array([due for due, _, _ in seen])
+    at = {"mask": [clock["classify"] for *_, clock in seen], "out": [out for _, out, _ in seen]}
+    if "refine" in seen[0][2]:
+        at["reconstruction"] = [clock["refine"] for *_, clock in seen]
+    found: dict[str, Any] = {"rate_hz": rate_hz, "frames": len(seen)}
+    archived = 1e3 * (rows["published"].to_numpy() - rows["detector_time"].to_numpy())[-len(seen) :]
+    for name, late in {**{name: 1e3 * (np.array(times) - exposed) for name, times in at.items()}, "archive": archived}.items():
+        found |= {f"{name}_p50_ms": float(np.percentile(late, 50)), f"{name}_p99_ms": float(np.percentile(late, 99))}
+    return found
+
+
+def _run(running: daemon.Daemon, config: Config, count: int, over: Callable[[], None], rate_hz: float | None = None) -> Table:
+    """Send frames through a daemon; calls `over` when the run has been closed and every thread is still there. Returns the frames table."""
+    daemon.configure_logging(config.log)
     sender: list[subprocess.Popen[bytes]] = []
 
     def until() -> bool:
         if not sender:
             address = running.source.address  # type: ignore[attr-defined]
-            sender.append(
-                subprocess.Popen([sys.executable, str(Path(__file__).with_name("send_frames.py")), address, str(SIZE), str(count)])
-            )
+            command = [sys.executable, str(Path(__file__).with_name("send_frames.py")), address, str(SIZE), str(count)]
+            sender.append(subprocess.Popen([*command, *(["--rate-hz", str(rate_hz)] if rate_hz is not None else [])]))
         accounts = running.ledger.runs()
-        return bool(accounts) and accounts[0]["closed"] is not None
+        closed = bool(accounts) and accounts[0]["closed"] is not None
+        if closed:
+            over()
+        return closed
 
     code = daemon.run(running, until)
     # A sender whose receiver has failed would wait for ever.
@@ -121,5 +183,16 @@ def _through(config: Config, count: int) -> float:
     account = running.ledger.runs()[0]
     if code or account["published"] != count:
         raise RuntimeError(f"the path lost frames, its rate means nothing: {account}")
-    rows = read_run(run_folders(config.archive.folder)[-1]).frames
-    return count / float(rows["published"].to_numpy().max() - rows["received"].to_numpy().min())
+    return read_run(run_folders(config.archive.folder)[-1]).frames
+
+
+def _cpu_seconds() -> dict[str, float]:
+    """CPU time of each of this process's threads, the libraries' own together; those of the crew together too."""
+    names = {thread.native_id: thread.name.rstrip("-0123456789") for thread in threading.enumerate()}
+    spent: dict[str, float] = {}
+    for task in Path("/proc/self/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        name = names.get(int(task.name), "libraries")
+        if name != "MainThread":
+            spent[name] = spent.get(name, 0.0) + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return spent

@@ -1,9 +1,11 @@
-"""The path benchmark's sender, a process of its own: encodes everything first, then sends as fast as the receiver takes it."""
+"""The path benchmark's sender, a process of its own: encodes everything first and sends as fast as the receiver takes it, or by a clock."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,17 +27,35 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("size", type=int)
     parser.add_argument("count", type=int)
+    parser.add_argument("--rate-hz", type=float, help="frames a second; left out: as fast as they are taken")
     given = parser.parse_args()
-    date = datetime.datetime.now(datetime.UTC)
     detector = Detector(shape=(given.size, given.size))
-    messages = [encode_start(1, "bench", detector, given.count, np.dtype(np.uint16), {})]
-    messages += [encode_image(1, "bench", i, counts, 0.0, date) for i, counts in enumerate(repeated_frames(given.size, given.count))]
-    messages.append(encode_end(1, "bench"))
+    start = encode_start(1, "bench", detector, given.count, np.dtype(np.uint16), {})
+    frames = repeated_frames(given.size, given.count)
     with zmq.Context() as context, context.socket(zmq.PUSH) as push:
         push.setsockopt(zmq.LINGER, 10_000)
         push.connect(given.address)
-        for message in messages:
-            push.send(message)
+        images = _at_once(frames) if given.rate_hz is None else _by_clock(frames, given.rate_hz)
+        push.send(start)
+        for image in images:
+            push.send(image)
+        push.send(encode_end(1, "bench"))
+
+
+def _at_once(frames: list[np.ndarray[Any, Any]]) -> list[bytes]:
+    date = datetime.datetime.now(datetime.UTC)
+    return [encode_image(1, "bench", i, counts, 0.0, date) for i, counts in enumerate(frames)]
+
+
+def _by_clock(frames: list[np.ndarray[Any, Any]], rate_hz: float) -> Iterator[bytes]:
+    """Each when its time has come, stamped with the moment it was due: a sender that is late by itself does not shorten a latency."""
+    date = datetime.datetime.now(datetime.UTC)
+    begun = time.time() - date.timestamp()
+    for i, counts in enumerate(frames):
+        due = begun + i / rate_hz
+        message = encode_image(1, "bench", i, counts, due, date)
+        time.sleep(max(0.0, date.timestamp() + due - time.time()))
+        yield message
 
 
 if __name__ == "__main__":

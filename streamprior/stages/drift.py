@@ -126,7 +126,9 @@ class DriftWatch:
         scores = self._scores(values, results)
         beyond = np.any(np.abs(scores) > self._limit, axis=1)
         now = time.time()
-        rows = zip(results, numbers.iou.tolist(), numbers.iou_previous.tolist(), values.tolist(), scores.tolist(), beyond.tolist(), strict=True)
+        rows = zip(
+            results, numbers.iou.tolist(), numbers.iou_previous.tolist(), values.tolist(), scores.tolist(), beyond.tolist(), strict=True
+        )
         seen = []
         for result, iou, iou_previous, value, row, out in rows:
             score = dict(zip(self._signals, row, strict=True))
