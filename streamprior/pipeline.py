@@ -103,8 +103,7 @@ class Pipeline:
         self.received: Mailbox[Received] = Mailbox(receive_bytes, receive_policy, dropped=self._unheard)
         self._receiving = 1 if readings is None else 2
         self._ticket = 0
-        self._entered: list[Job] = []  # frames that are about to go to the crew, and since when
-        self._entered_at = math.inf
+        self._entered: list[Job] = []  # frames that are about to go to the crew
         self._lost_of = ""  # series of which it was said that positions came too late
         self._stopping = threading.Event()
         self._stopped_at = 0.0
@@ -203,8 +202,6 @@ class Pipeline:
             return False
         for item in batch:
             self._decode_one(item)
-            if time.monotonic() > self._entered_at + _GATHER_S:
-                self._submit()
         # While the path is behind, the position that a frame waits for may have been received and be waiting here as well.
         self._release(batch[-1].at if batch and len(self.received) else time.time())
         self._turn(self._runs.tick())
@@ -281,13 +278,15 @@ class Pipeline:
         except WireError as error:
             self._quarantine(frame.index, message, error)
             return
-        if not self._entered:
-            self._entered_at = time.monotonic()
-        self._entered.append(Job(self._next_ticket(), run, frame, time.time()))
+        now = time.time()
+        self._entered.append(Job(self._next_ticket(), run, frame, now))
+        # One message may refer to thousands of frames in a file.
+        if len(self._entered) == _MOST or now > self._entered[0].decoded + _GATHER_S:
+            self._submit()
 
     def _submit(self) -> None:
         """What has gathered, to the crew."""
-        jobs, self._entered, self._entered_at = self._entered, [], math.inf
+        jobs, self._entered = self._entered, []
         if jobs:
             self._crew.submit(jobs)
 
