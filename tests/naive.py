@@ -52,7 +52,7 @@ def classify(counts, prior, valid=None):
     return ids, distance.reshape(counts.shape)[known].mean()
 
 
-def prior(frames, classes, angle=0.0):
+def prior(frames, classes, angle=0.0, components=6):
     """A prior by k-means on the features of a few frames (B, H, W); `angle` weighs that feature (0 switches it off)."""
     normaliser = float(frames.mean())
     x = np.concatenate([features(frame, normaliser).reshape(9, -1).T[::7] for frame in frames])
@@ -60,7 +60,7 @@ def prior(frames, classes, angle=0.0):
     scale = 1 / scaler.scale_
     scale[7] *= angle
     z = (x - scaler.mean_) * scale
-    pca = PCA(6, random_state=0).fit(z)
+    pca = PCA(components, random_state=0).fit(z)
     centroids = KMeans(classes, n_init=1, random_state=0).fit(z @ pca.components_.T).cluster_centers_
     height, width = frames.shape[1:]
     nothing = np.zeros((height, width), bool)

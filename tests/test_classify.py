@@ -174,3 +174,32 @@ def test_counts_that_are_not_numbers_are_refused():
     counts[1, 3, 4] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         sp.classify(counts, prior)
+
+
+@pytest.mark.parametrize("rows", [1025, 2048])
+def test_a_large_frame_gets_the_same_bits_with_any_number_of_threads(rows):
+    frames = synthetic((2, rows, 1031)).astype(np.uint16)
+    prior = naive.prior(synthetic((2, 48, 40)), 3)
+    nothing = np.zeros(frames.shape[1:], bool)
+    geometry = replace(prior.geometry, shape=nothing.shape, detector_shape=nothing.shape)
+    prior = replace(prior, geometry=geometry, reference=nothing.astype(np.uint8), support=nothing, invalid=nothing)
+    valid = np.random.default_rng(1).random(frames.shape[1:]) > 0.1
+    alone = Classifier(prior).classes(frames, valid)
+    for threads in (2, 3):
+        stage = Classifier(prior, threads=threads)
+        for i in range(2):
+            ours = stage.classes(frames[i : i + 1], valid)
+            assert np.array_equal(ours.ids[0], alone.ids[i])
+            assert ours.distance[0] == alone.distance[i]
+
+
+@pytest.mark.parametrize("components", [2, 6, 7, 9])
+@pytest.mark.parametrize("width", [5, 16, 40, 47])
+def test_any_number_of_components_and_any_width_is_classified_as_the_naive_version_does(components, width):
+    counts = np.random.default_rng(2).poisson(20, size=(2, 33, width)).astype(np.uint16)
+    prior = naive.prior(counts, 4, angle=1.0, components=components)
+    ours = sp.classify(counts, prior)
+    for i in range(2):
+        ids, distance = naive.classify(counts[i], prior)
+        assert np.mean(ours.ids[i] == ids) > 0.99
+        assert ours.distance[i] == pytest.approx(distance, rel=1e-4)

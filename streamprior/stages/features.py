@@ -7,40 +7,70 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.jit import inlined, kernel
+from streamprior.jit import (
+    WIDE,
+    backwards,
+    bare_kernel,
+    choose,
+    exponent,
+    inlined,
+    load,
+    mantissa,
+    moved,
+    ramp,
+    root,
+    spread,
+    store,
+    total,
+    where,
+)
 from streamprior.prior import FEATURES
 
 REACH = 8
 """Pixels around a pixel that its features look at: a Gaussian of sigma 2 px cut at 4 sigma, scipy.ndimage's default."""
 
-RING = 2 * REACH + 1
-"""Rows of a frame that are at hand at one time; a ring of rows stays in the cache where a padded frame would not."""
-
-LANES = 16
-"""float32 numbers in the widest vector register (64 bytes). Rows start on such a boundary and are as many times as long, so that
-loops have no remainder and loads do not straddle cache lines; the ring's left margin is one register for the same reason."""
+DEPTH = 80
+"""Rows in the window. Seventeen are in use; when the last place is taken, the sixteen that are still needed move to the front."""
 
 F32 = np.float32
 
+FIELDS = 6
+ITSELF, PAIR, SLOPE, BLUR, FIVE, SQUARES = range(FIELDS)
+"""What a row of the window keeps of each pixel, all that looks along the row: the count, the sum and the difference of its two neighbours,
+the Gaussian blur, the sums of five counts and of their squares. What looks across rows is then a sum of whole registers, unshifted."""
+
+RECORD = FIELDS * WIDE
+
 
 class Scratch(NamedTuple):
-    """Rows that the stencil works on, float32: a ring of padded rows of the frame, two work rows as long, nine feature rows."""
+    """What the stencil works on; one for each thread.
 
-    ring: npt.NDArray[np.float32]
-    work: npt.NDArray[np.float32]
-    rows: npt.NDArray[np.float32]
+    line : (1, pitch + 32) float32, a scaled row with a register of mirrored pixels on either side. window : (pitch / 16, DEPTH * RECORD)
+    float32: for sixteen columns the rows that are at hand, one below the other, so that a column of the stencil is contiguous. tail,
+    numbers, flags : (1, 16) float32, uint8 and bool, for the last, incomplete register of a row. sums : (H,) float64, of each row's
+    distances.
+    """
+
+    line: npt.NDArray[np.float32]
+    window: npt.NDArray[np.float32]
+    tail: npt.NDArray[np.float32]
+    numbers: npt.NDArray[np.uint8]
+    flags: npt.NDArray[np.bool_]
+    sums: npt.NDArray[np.float64]
 
 
-def scratch_rows(width: int) -> Scratch:
-    """Scratch for frames of this width; one for each thread."""
-    pitch = -(-width // LANES) * LANES
-    return Scratch(aligned(RING, pitch + 2 * LANES), aligned(2, pitch + 2 * LANES), aligned(len(FEATURES), pitch))
+def scratch_rows(shape: tuple[int, ...]) -> Scratch:
+    """Scratch for frames of this shape; one for each thread."""
+    vectors = -(-shape[1] // WIDE)
+    line, window = aligned(1, (vectors + 2) * WIDE), aligned(vectors, DEPTH * RECORD)
+    tail = (aligned(1, WIDE), np.zeros((1, WIDE), np.uint8), np.zeros((1, WIDE), np.bool_))
+    return Scratch(line, window, *tail, np.zeros(shape[0]))
 
 
 def aligned(rows: int, pitch: int) -> npt.NDArray[np.float32]:
     """Zeros of (rows, pitch) float32 that start on a register boundary."""
-    raw = np.zeros(rows * pitch + LANES, F32)
-    skip = -(raw.ctypes.data // 4) % LANES
+    raw = np.zeros(rows * pitch + WIDE, F32)
+    skip = -(raw.ctypes.data // 4) % WIDE
     return raw[skip : skip + rows * pitch].reshape(rows, pitch)
 
 
@@ -62,8 +92,7 @@ def features(counts: npt.NDArray[Any], normaliser: float, valid: npt.NDArray[np.
     frame = np.ascontiguousarray(counts)
     known = np.ones(frame.shape, np.bool_) if valid is None else np.ascontiguousarray(valid)
     maps = np.empty((len(FEATURES), *frame.shape), F32)
-    scale = frame_scale(frame, known, normaliser)
-    _feature_maps(frame, scale, gaussian_taps(), scratch_rows(frame.shape[1]), maps)
+    _feature_maps(frame, known, normaliser, gaussian_taps(), scratch_rows(frame.shape), maps)
     maps[7] = beam_angle(frame.shape)
     return maps
 
@@ -80,156 +109,192 @@ def gaussian_taps() -> npt.NDArray[np.float32]:
     return np.asarray(side / (side[0] + 2 * side[1:].sum()), F32)
 
 
-@kernel
+@inlined
 def frame_scale(frame, valid, normaliser):  # type: ignore[no-untyped-def]
-    """normaliser / mean photons on valid pixels; 1 for a dark frame.
+    """(normaliser / mean photons on valid pixels, 1 for a dark frame; number of valid pixels).
 
     Without it, centroids of a bright frame are useless at a tenth of its flux (IoU 0 against 0.89, docs/physics.md section 3).
     """
-    total = np.float64(0)
-    pixels = np.int64(0)
+    whole = frame.shape[1] - frame.shape[1] % WIDE
+    photons = np.float64(0)
+    pixels = np.float64(0)
     for y in range(frame.shape[0]):
-        row = F32(0)  # summed in float32 along a row, which vectorises, and in float64 over rows
-        good = np.int32(0)
-        for x in range(frame.shape[1]):
+        counts, good = spread(F32(0)), spread(F32(0))  # summed in float32 along a row, and in float64 over rows
+        for x in range(0, whole, WIDE):
+            counts = counts + where(valid, y, x, load(frame, y, x))
+            good = good + where(valid, y, x, spread(F32(1)))
+        row, number = total(counts), total(good)
+        for x in range(whole, frame.shape[1]):
             row += F32(frame[y, x]) if valid[y, x] else F32(0)
-            good += np.int32(valid[y, x])
-        total += row
-        pixels += good
-    return F32(normaliser * pixels / total) if total > 0.0 and normaliser > 0.0 else F32(1.0)
+            number += F32(1) if valid[y, x] else F32(0)
+        photons += row
+        pixels += number
+    return normaliser * pixels / photons if photons > 0.0 and normaliser > 0.0 else 1.0, pixels
 
 
-@kernel
-def _feature_maps(frame, scale, taps, scratch, maps):  # type: ignore[no-untyped-def]
-    fill_ring(frame, scale, scratch.ring)
-    for y in range(frame.shape[0]):
-        load_row(frame, y + REACH, scale, scratch.ring)
-        feature_rows(scratch, y, frame.shape, taps)
-        for f in range(maps.shape[0]):
-            for x in range(maps.shape[2]):
-                maps[f, y, x] = scratch.rows[f, x]
-
-
-@inlined
-def fill_ring(frame, scale, ring):  # type: ignore[no-untyped-def]
-    """The rows that row 0 needs before `load_row` brings its last one."""
-    for y in range(-REACH, REACH):
-        load_row(frame, y, scale, ring)
-
-
-@inlined
-def load_row(frame, y, scale, ring):  # type: ignore[no-untyped-def]
-    """Scale row y of the frame into its place in the ring, edges mirrored (scipy's "reflect": the edge pixel is repeated)."""
+@bare_kernel
+def _feature_maps(frame, valid, normaliser, taps, scratch, maps):  # type: ignore[no-untyped-def]
     height, width = frame.shape
-    source = mirrored(y, height)
-    place = slot(y)
-    for x in range(width):
-        ring[place, x + LANES] = F32(frame[source, x]) * scale
-    for x in range(1, REACH + 1):
-        ring[place, LANES - x] = ring[place, LANES + mirrored(-x, width)]
-        ring[place, LANES + width - 1 + x] = ring[place, LANES + mirrored(width - 1 + x, width)]
+    ratio, _ = frame_scale(frame, valid, normaliser)
+    scale = F32(ratio)
+    open_window(frame, 0, scale, taps, scratch)
+    top = np.int64(-REACH)
+    for y in range(height):
+        top = next_row(frame, y, top, scale, taps, scratch)
+        for x in range(0, width, WIDE):
+            found = feature_lanes(scratch.window, x // WIDE, y - top, y - height // 2, x - width // 2, taps)
+            for f in range(8):
+                store(scratch.tail, 0, 0, found[f])
+                for i in range(min(WIDE, width - x)):
+                    maps[f if f < 7 else 8, y, x + i] = scratch.tail[0, i]
 
 
 @inlined
-def slot(y):  # type: ignore[no-untyped-def]
-    """Where row y of the (padded) frame is in the ring."""
-    return (y + RING) % RING
+def open_window(frame, first, scale, taps, scratch):  # type: ignore[no-untyped-def]
+    """The rows that row `first` needs before `next_row` brings its last one; the window's top is row `first` - REACH."""
+    for i in range(2 * REACH):
+        # Downwards first, then upwards: what lies above the frame mirrors rows that are there by now.
+        y = first + i if i < REACH else first + REACH - 1 - i
+        _bring(frame, y, first - REACH, scale, taps, scratch)
+
+
+@inlined
+def next_row(frame, y, top, scale, taps, scratch):  # type: ignore[no-untyped-def]
+    """Bring the last row that row y needs; returns the row that is on top of the window."""
+    window = scratch.window
+    if y + REACH - top >= DEPTH:
+        for v in range(window.shape[0]):
+            for i in range(0, 2 * REACH * RECORD, WIDE):
+                store(window, v, i, load(window, v, (DEPTH - 2 * REACH) * RECORD + i))
+        top += DEPTH - 2 * REACH
+    _bring(frame, y + REACH, top, scale, taps, scratch)
+    return top
+
+
+@inlined
+def _bring(frame, y, top, scale, taps, scratch):  # type: ignore[no-untyped-def]
+    """Row y into the window. A row beyond the edge is a copy of its mirror image (scipy's "reflect"), which is always in the window."""
+    height = frame.shape[0]
+    place = (y - top) * RECORD
+    if 0 <= y < height:
+        _scaled_line(frame, y, scale, scratch.line)
+        _along(scratch.line, place, taps, scratch.window)
+    else:
+        source = (mirrored(y, height) - top) * RECORD
+        for v in range(scratch.window.shape[0]):
+            for i in range(0, RECORD, WIDE):
+                store(scratch.window, v, place + i, load(scratch.window, v, source + i))
+
+
+@inlined
+def _scaled_line(frame, y, scale, line):  # type: ignore[no-untyped-def]
+    """Row y of the frame, scaled, edges mirrored: the edge pixel is repeated."""
+    width = frame.shape[1]
+    whole = width - width % WIDE
+    for x in range(0, whole, WIDE):
+        store(line, 0, WIDE + x, load(frame, y, x) * scale)
+    for x in range(whole, width):
+        line[0, WIDE + x] = F32(frame[y, x]) * scale
+    if width >= REACH:  # as many pixels as are looked at mirror at once
+        store(line, 0, 0, backwards(load(line, 0, WIDE)))
+        store(line, 0, WIDE + width, backwards(load(line, 0, width)))
+    else:
+        for x in range(REACH):
+            line[0, WIDE - 1 - x] = line[0, WIDE + mirrored(-1 - x, width)]
+            line[0, WIDE + width + x] = line[0, WIDE + mirrored(width + x, width)]
 
 
 @inlined
 def mirrored(i, n):  # type: ignore[no-untyped-def]
-    folded = i % (2 * n)
-    return folded if folded < n else 2 * n - 1 - folded
+    while i < 0 or i >= n:  # a loop, since a remainder by a number known at run time takes longer than a row of registers
+        i = -1 - i if i < 0 else 2 * n - 1 - i
+    return i
 
 
 @inlined
-def feature_rows(scratch, y, shape, taps):  # type: ignore[no-untyped-def]
-    """Every feature of row y but the angle (a map of its own, rarely used); each loop reads few rows, so that all of them vectorise.
+def _along(line, place, taps, window):  # type: ignore[no-untyped-def]
+    """What a row of the window keeps, from a scaled line; every pixel is loaded once, its neighbours come out of registers."""
+    left, c = load(line, 0, 0), load(line, 0, WIDE)
+    for v in range(window.shape[0]):
+        right = load(line, 0, (v + 2) * WIDE)
+        before, after = moved(left, c, 15), moved(c, right, 1)
+        before2, after2 = moved(left, c, 14), moved(c, right, 2)
+        one, two = before + after, before2 + after2
+        blur = taps[0] * c + taps[1] * one + taps[2] * two
+        blur = blur + taps[3] * (moved(left, c, 13) + moved(c, right, 3)) + taps[4] * (moved(left, c, 12) + moved(c, right, 4))
+        blur = blur + taps[5] * (moved(left, c, 11) + moved(c, right, 5)) + taps[6] * (moved(left, c, 10) + moved(c, right, 6))
+        blur = blur + taps[7] * (moved(left, c, 9) + moved(c, right, 7)) + taps[8] * (moved(left, c, 8) + moved(c, right, 8))
+        store(window, v, place + WIDE * ITSELF, c)
+        store(window, v, place + WIDE * PAIR, one)
+        store(window, v, place + WIDE * SLOPE, after - before)
+        store(window, v, place + WIDE * BLUR, blur)
+        store(window, v, place + WIDE * FIVE, one + two + c)
+        store(window, v, place + WIDE * SQUARES, c * c + before * before + after * after + before2 * before2 + after2 * after2)
+        left, c = c, right
 
-    Rows are indexed, never sliced: a slice costs two reference counts, and there would be fifty a row.
+
+@inlined
+def _at(window, v, place, field):  # type: ignore[no-untyped-def]
+    return load(window, v, place * RECORD + field * WIDE)
+
+
+@inlined
+def feature_lanes(window, v, p, down, across, taps):  # type: ignore[no-untyped-def]
+    """Every feature of sixteen pixels but the angle (a map of its own, rarely used): the row at place p of the window, columns 16 v on.
+
+    down and across, pixels from the beam to the first of them.
     """
-    ring, work, rows = scratch.ring, scratch.work, scratch.rows
-    centre = slot(y)
-    for x in range(rows.shape[1]):
-        rows[0, x] = ring[centre, x + LANES]
-    down = F32(y - shape[0] // 2)
-    for x in range(rows.shape[1]):
-        across = F32(x - shape[1] // 2)
-        rows[6, x] = np.sqrt(down * down + across * across)
-    _log1p_row(work, rows)
-    _neighbour_rows(ring, y, rows)
-    _deviation_row(ring, y, work, rows)
-    _residual_row(ring, y, taps, work, rows)
+    itself, pair, slope = _at(window, v, p, ITSELF), _at(window, v, p, PAIR), _at(window, v, p, SLOPE)
+    up, under = _at(window, v, p - 1, ITSELF), _at(window, v, p + 1, ITSELF)
+    cross, rise = up + under + pair, under - up
+    mean = (_at(window, v, p - 1, PAIR) + _at(window, v, p + 1, PAIR) + cross + itself) * F32(1 / 9)
+    gradient = F32(0.5) * root(slope * slope + rise * rise)
+    columns, rows = ramp(F32(across)), F32(down)
+    radius = root(columns * columns + rows * rows)
+    log = _log1p(itself)
+    residual = itself - _blurred(window, v, p, taps)
+    return itself, log, mean, _deviation(window, v, p), cross - F32(4) * itself, gradient, radius, residual
 
 
 @inlined
-def _log1p_row(work, rows):  # type: ignore[no-untyped-def]
-    """log(1 + intensity), negative counts as 0; without a call per pixel, so that it vectorises.
+def _blurred(window, v, p, taps):  # type: ignore[no-untyped-def]
+    """The Gaussian down the columns, of rows that are blurred along themselves."""
+    blur = taps[0] * _at(window, v, p, BLUR)
+    for j in range(1, REACH + 1):
+        blur = blur + taps[j] * (_at(window, v, p - j, BLUR) + _at(window, v, p + j, BLUR))
+    return blur
+
+
+@inlined
+def _deviation(window, v, p):  # type: ignore[no-untyped-def]
+    """Standard deviation over 5x5 pixels; rounding may leave the variance of a flat patch just below zero."""
+    counts, squares = _at(window, v, p, FIVE), _at(window, v, p, SQUARES)
+    for j in range(1, 3):
+        counts = counts + _at(window, v, p - j, FIVE) + _at(window, v, p + j, FIVE)
+        squares = squares + _at(window, v, p - j, SQUARES) + _at(window, v, p + j, SQUARES)
+    mean = counts * F32(1 / 25)
+    return root(positive(squares * F32(1 / 25) - mean * mean))
+
+
+@inlined
+def positive(value):  # type: ignore[no-untyped-def]
+    nothing = spread(F32(0))
+    return choose(nothing, value, value, nothing)
+
+
+@inlined
+def _log1p(value):  # type: ignore[no-untyped-def]
+    """log(1 + intensity), negative counts as 0.
 
     Exponent by its bits, mantissa by the polynomial of Abramowitz & Stegun 4.1.44 (absolute error below 3e-8).
     """
-    bits = work.view(np.int32)
-    for x in range(rows.shape[1]):
-        work[0, x] = F32(1) + max(rows[0, x], F32(0))
-    for x in range(rows.shape[1]):
-        rows[1, x] = F32((bits[0, x] >> 23) - 127)
-        bits[0, x] = (bits[0, x] & 0x7FFFFF) | 0x3F800000
-    for x in range(rows.shape[1]):
-        m = work[0, x] - F32(1)
-        p = F32(-0.0064535442) * m + F32(0.0360884937)
-        p = p * m + F32(-0.0953293897)
-        p = p * m + F32(0.1676540711)
-        p = p * m + F32(-0.2407338084)
-        p = p * m + F32(0.3317990258)
-        p = p * m + F32(-0.4998741238)
-        p = p * m + F32(0.9999964239)
-        rows[1, x] = rows[1, x] * F32(0.69314718) + p * m
-
-
-@inlined
-def _neighbour_rows(ring, y, rows):  # type: ignore[no-untyped-def]
-    """Mean over 3x3, five-point Laplacian, and magnitude of the central-difference gradient."""
-    u, c, d = slot(y - 1), slot(y), slot(y + 1)
-    for x in range(rows.shape[1]):
-        i = x + LANES
-        up, down, left, right = ring[u, i], ring[d, i], ring[c, i - 1], ring[c, i + 1]
-        cross = up + down + left + right
-        corners = ring[u, i - 1] + ring[u, i + 1] + ring[d, i - 1] + ring[d, i + 1]
-        rows[2, x] = (corners + cross + ring[c, i]) * F32(1 / 9)
-        rows[4, x] = cross - F32(4) * ring[c, i]
-        rows[5, x] = F32(0.5) * np.sqrt((right - left) * (right - left) + (down - up) * (down - up))
-
-
-@inlined
-def _deviation_row(ring, y, work, rows):  # type: ignore[no-untyped-def]
-    """Standard deviation over 5x5 pixels: column sums of the counts and of their squares first, then five of them side by side."""
-    a, b, c, d, e = slot(y - 2), slot(y - 1), slot(y), slot(y + 1), slot(y + 2)
-    for x in range(ring.shape[1]):
-        work[0, x] = ring[a, x] + ring[b, x] + ring[c, x] + ring[d, x] + ring[e, x]
-        squares = ring[a, x] * ring[a, x] + ring[b, x] * ring[b, x] + ring[c, x] * ring[c, x]
-        work[1, x] = squares + ring[d, x] * ring[d, x] + ring[e, x] * ring[e, x]
-    for x in range(rows.shape[1]):
-        i = x + LANES
-        mean = (work[0, i - 2] + work[0, i - 1] + work[0, i] + work[0, i + 1] + work[0, i + 2]) * F32(1 / 25)
-        square = (work[1, i - 2] + work[1, i - 1] + work[1, i] + work[1, i + 1] + work[1, i + 2]) * F32(1 / 25)
-        rows[3, x] = np.sqrt(max(square - mean * mean, F32(0)))  # rounding may leave a flat patch just below zero
-
-
-@inlined
-def _residual_row(ring, y, taps, work, rows):  # type: ignore[no-untyped-def]
-    """Counts minus their Gaussian blur, which is done down the columns first, then along the row."""
-    c = slot(y)
-    for x in range(ring.shape[1]):
-        work[0, x] = taps[0] * ring[c, x]
-    for j in range(1, REACH + 1, 2):
-        w, v = taps[j], taps[j + 1]
-        a, b, d, e = slot(y - j - 1), slot(y - j), slot(y + j), slot(y + j + 1)
-        for x in range(ring.shape[1]):
-            work[0, x] += w * (ring[b, x] + ring[d, x]) + v * (ring[a, x] + ring[e, x])
-    for x in range(rows.shape[1]):
-        i = x + LANES
-        near = taps[0] * work[0, i] + taps[1] * (work[0, i - 1] + work[0, i + 1]) + taps[2] * (work[0, i - 2] + work[0, i + 2])
-        middle = taps[3] * (work[0, i - 3] + work[0, i + 3]) + taps[4] * (work[0, i - 4] + work[0, i + 4])
-        far = taps[5] * (work[0, i - 5] + work[0, i + 5]) + taps[6] * (work[0, i - 6] + work[0, i + 6])
-        edge = taps[7] * (work[0, i - 7] + work[0, i + 7]) + taps[8] * (work[0, i - 8] + work[0, i + 8])
-        rows[8, x] = rows[0, x] - (near + middle + far + edge)
+    above = F32(1) + positive(value)
+    m = mantissa(above) - F32(1)
+    p = F32(-0.0064535442) * m + F32(0.0360884937)
+    p = p * m + F32(-0.0953293897)
+    p = p * m + F32(0.1676540711)
+    p = p * m + F32(-0.2407338084)
+    p = p * m + F32(0.3317990258)
+    p = p * m + F32(-0.4998741238)
+    p = p * m + F32(0.9999964239)
+    return exponent(above) * F32(0.69314718) + p * m
