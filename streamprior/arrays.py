@@ -90,12 +90,19 @@ def load_cupy() -> Any:
     return cupy
 
 
-def plan_cufft(cupy: Any, shape: tuple[int, int], batch: int) -> Any:
-    """cuFFT's plan for a contiguous (batch, H, W) complex64 array: `plan.fft(array, array, FORWARD)` or BACKWARD transforms its last two
-    axes, in place and without scaling, on the current stream."""
-    layout = (shape, 1, shape[0] * shape[1])
+def plan_cufft(cupy: Any, shape: tuple[int, ...], batch: int) -> Any:
+    """cuFFT's plan for a contiguous (batch, *shape) complex64 array: `plan.fft(source, goal, FORWARD)` or BACKWARD transforms all its axes
+    but the first, without scaling, on the current stream; the goal may be the source."""
+    layout = (shape, 1, math.prod(shape))
     cufft = cupy.cuda.cufft
     return cufft.PlanNd(shape, *layout, *layout, cufft.CUFFT_C2C, batch, "C", 1, None)
+
+
+def page_locked(cupy: Any, shape: tuple[int, ...], kind: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An uninitialised array that a card copies from and to while the CPU goes on. Its memory goes back to cupy's pool with it."""
+    count = math.prod(shape)
+    memory = cupy.cuda.alloc_pinned_memory(max(1, count) * np.dtype(kind).itemsize)
+    return np.frombuffer(memory, kind, count).reshape(shape)
 
 
 def make_plan(shape: tuple[int, ...], engine: str = "auto", batch: int | None = None) -> FftwPlan | ScipyPlan:

@@ -265,7 +265,8 @@ class ComputeSettings(_Room):
     workers: Annotated[int, Field(ge=0)] = 0
     """Threads; 0: one a core. One FFT runs on one thread, frames run beside each other."""
     backend: Literal["auto", "cpu", "cuda"] = "auto"
-    """What puts the mosaic together: a CUDA card where there is one (auto), or as said. Everything else computes on the CPU."""
+    """What classifies and refines frames and puts the mosaic together: a CUDA card where there is one (auto), or as said. The daemon first
+    compares what the card makes of two frames with what the CPU does, and does not start where they differ."""
     batch_frames: Annotated[int, Field(gt=0, le=1024)] = 64
     """Most frames a worker takes at once. It takes what is there: idle, that is one, and costs no latency."""
     batch_s: Annotated[float, Field(gt=0)] = 0.005

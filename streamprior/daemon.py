@@ -79,7 +79,7 @@ def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = N
     of a source of documents. Raises ConfigError.
     """
     prior = load_prior(config.prior)
-    recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe)
+    recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe, config.compute.backend)
     frames = _frames(config, feed)
     readings = _readings(config)
     joiner = Joiner(config.positions, separate=readings is not None)

@@ -208,14 +208,13 @@ def _state() -> str:
 
 
 def _fft() -> str:
+    ours = "frames whose sides have no prime factor above 13 are refined by transforms of our own"
     if find_spec("pyfftw") is None:
-        return "scipy.fft; `pip install streamprior[fftw]` about doubles the rate of refinement (FFTW is GPL)"
-    return "FFTW through pyFFTW"
+        return f"{ours}; others, and mosaics, by scipy.fft: `pip install streamprior[fftw]` about doubles their rate (FFTW is GPL)"
+    return f"{ours}; others, and mosaics, by FFTW through pyFFTW"
 
 
 def _gpu(config: Config) -> str:
-    if config.recipe != "ptycho":
-        return "not used: refinement runs on the CPU in this version"
     if check_backend(config.compute.backend, ("cpu", "cuda")) == "cuda":
-        return "the mosaic is put together on the CUDA card"
-    return f"the mosaic is put together on the CPU ({'as compute.backend says' if config.compute.backend == 'cpu' else cuda_missing()})"
+        return "frames are computed on the CUDA card"
+    return f"frames are computed on the CPU ({'as compute.backend says' if config.compute.backend == 'cpu' else cuda_missing()})"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.card_fixture import card as card
+from tests.card_fixture import card_of_the_session as card_of_the_session
 from tests.tiled_fixture import tiled_server as tiled_server
 
 # Kernels and FFT plans are cached between runs in a folder beside the developer's own, so that a test never changes that one.

@@ -14,6 +14,7 @@ from streamprior import arrays
 from streamprior.config import RefineSettings
 from streamprior.errors import ConfigError
 from streamprior.records import FLAT, UNUSED, Flag, Photons, Reconstruction, Start
+from streamprior.stages import planned
 from streamprior.stages import refine as stage
 from streamprior.stages.recipe import plan_of
 from streamprior.stages.refine import Solver, refine
@@ -213,7 +214,8 @@ def test_a_frame_costs_the_transforms_that_the_plan_states(arms: int, monkeypatc
         made_plans.append(Counting(shape))
         return made_plans[-1]
 
-    monkeypatch.setattr(stage, "make_plan", make_plan)
+    monkeypatch.setattr(planned, "make_plan", make_plan)
+    monkeypatch.setattr(stage, "can_transform", lambda length: False)  # planned transforms can be counted
     counts, start = made(1, arms)
     plan = Plan(PLAN.schedule, PLAN.trial)
     solved(counts, start, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ import pytest
 import scipy.fft
 from scipy.ndimage import gaussian_filter
 
-import streamprior as sp
 from streamprior.arrays import check_backend, cuda_missing
 from streamprior.errors import ConfigError
 from streamprior.mosaic import cuda
@@ -31,21 +30,6 @@ MODES = 2
 CANVAS = (64, 70)
 
 Maker = Callable[[], Overlap]
-
-
-@pytest.fixture(scope="module")
-def card_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Card:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++: the kernels of the card cannot be compiled for this CPU")
-    return Card(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture
-def card(card_of_the_module: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """A stand-in for cupy that runs the kernels on the CPU."""
-    monkeypatch.setitem(sys.modules, "cupy", card_of_the_module)
-    yield card_of_the_module
-    card_of_the_module.forget()
 
 
 @pytest.fixture(params=["cpu", "kernels on the cpu", "cuda"])
@@ -401,8 +385,3 @@ def test_without_a_card_auto_is_the_cpu_and_cuda_says_what_is_missing(cupy: Any,
 def test_a_word_that_names_no_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="'rocm'"):
         check_backend("rocm", ("cpu", "cuda"))
-
-
-def test_refine_has_no_card_even_where_there_is_one(card: Card) -> None:
-    with pytest.raises(ConfigError, match="computes on the CPU only"):
-        sp.refine(np.ones((1, 8, 8), np.uint16), np.ones((1, 8, 8), np.complex64), np.ones((1, 8, 8), bool), backend="cuda")

@@ -18,14 +18,16 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
 import streamprior as sp
 from streamprior import arrays
 from streamprior.config import state_folder
 from streamprior.errors import ConfigError
 from streamprior.records import FLAT, UNUSED, Batch, Detector, Flag, Photons, Reconstruction, RunStarted, Start
-from streamprior.stages.refine import Refiner, Solver, free_islands, poisson_llk, shrink_wrap
+from streamprior.stages.refine import Refiner, Solver, free_islands, poisson_llk
 from streamprior.stages.schedule import Iterate, Plan, Schedule, ShrinkWrap, parse_schedule
+from streamprior.stages.shrink import blurred_modulus, shrink_wrap
 from tests import naive_refine as naive
 
 Array = npt.NDArray[Any]
@@ -195,6 +197,80 @@ def test_shrink_wrap_keeps_the_support_of_an_object_that_vanished() -> None:
     inside = naive.centred_box((20, 20), 6)
     shrink_wrap(np.zeros((20, 20), np.complex64), ShrinkWrap(1.0), 36, inside)
     np.testing.assert_array_equal(inside, naive.centred_box((20, 20), 6))
+
+
+@pytest.mark.parametrize("shape", [(31, 40), (104, 104), (12, 9, 14)])
+@pytest.mark.parametrize("sigma", [0.0, 0.6, 1.5, 4.0])
+def test_the_blur_is_scipys_around_every_edge(shape: tuple[int, ...], sigma: float) -> None:
+    rng = np.random.default_rng(0)
+    psi = (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(np.complex64)
+    expected = gaussian_filter(np.abs(psi).astype(np.float64), sigma, mode="wrap")
+    ours = blurred_modulus(psi, sigma)
+    np.testing.assert_allclose(ours, expected, rtol=2e-6)
+    inside = np.zeros(shape, bool)
+    shrink_wrap(psi, ShrinkWrap(sigma, 0.7), psi.size // 2, inside)
+    by_hand = expected > 0.7 * expected.max()
+    if 0.15 * psi.size < by_hand.sum():
+        assert (inside != by_hand).mean() < 1e-3
+
+
+BLOCKS = [(33, 30), (26, 40), (9, 8), (16, 7), (8, 104), (15, 14, 13), (16, 22, 24), (5, 9, 33)]
+
+
+@pytest.mark.parametrize("shape", BLOCKS)
+@pytest.mark.parametrize("rules", ["ER", "HIO", "RAAR", "ER ER ER HIO HIO RAAR ER HIO ER ER"])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_blocks_agree_with_the_naive_version(shape: tuple[int, ...], rules: str, weight: float) -> None:
+    rng = np.random.default_rng(1)
+    steps = (rules.split() * 8)[:10]
+    support = np.zeros(shape, bool)
+    support[tuple(slice(n // 3, n // 3 + n // 2) for n in shape)] = True  # off the centre, and of rows that are no multiple of a block
+    truth = support * rng.uniform(3, 9, shape) * np.exp(1j * rng.uniform(0, 2, shape))
+    counts = rng.poisson(np.abs(naive.forward(truth)) ** 2)
+    valid = rng.random(shape) > 0.05
+    start = rough(counts[None], support)
+    solver = Solver(shape, Plan(parse_schedule("+".join(steps))), weight, engine="blocks")
+    ours = solver.solve(counts[None], single(start, support), valid[None], None)
+    psi, history = naive.refine(counts, start[0], support, steps, valid, weight)
+    np.testing.assert_allclose(ours.history[0], history, rtol=2e-4)
+    np.testing.assert_allclose(ours.psi[0], psi, atol=2e-4 * np.abs(psi).max())
+
+
+@pytest.mark.parametrize("shape", [(26, 40), (12, 14, 13)])
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_blocks_and_planned_transforms_go_the_same_way_through_trials_and_shrink_wraps(shape: tuple[int, ...], weight: float) -> None:
+    counts, start, support = simulated(2, shape)
+    several = np.stack([start, rough(counts, support, 5), 3 * rough(counts, support, 6)], 1)
+    several[0, 1] = rough(counts, support | True)[0]  # an arm that begins outside its support
+    unit = np.full(several.shape[:2], FLAT, np.int32)
+    arms = Start(several, np.broadcast_to(support, several.shape), unit, np.full(unit.shape, np.nan, np.float32))
+    valid = np.random.default_rng(3).random(counts.shape) > 0.03
+    plan = Plan(parse_schedule("SW(1.5)+8*ER+SW(1.0)+2*HIO+4*ER+SW(0.7,0.2)+3*ER"), 4)
+    blocks, planned = (Solver(shape, plan, weight, 0.05, engine) for engine in ("blocks", "fftw"))
+    ours, theirs = blocks.solve(counts, arms, valid, None), planned.solve(counts, arms, valid, None)
+    assert (blocks.engine, planned.engine) == ("blocks", "fftw")
+    np.testing.assert_array_equal(ours.kept, theirs.kept)
+    np.testing.assert_array_equal(ours.support, theirs.support)
+    for name in ("history", "chi2", "r_factor", "free_llk", "trial", "floor"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=2e-3, err_msg=name)
+    np.testing.assert_allclose(ours.psi, theirs.psi, atol=5e-3 * np.abs(theirs.psi).max())
+
+
+def test_a_support_that_moves_leaves_nothing_of_the_object_behind() -> None:
+    counts, start, support = simulated(1, (40, 40))
+    result = sp.refine(counts, start, support, schedule="6*HIO+SW(1.0,0.3)+1*ER")
+    assert result.flags[0] == 0
+    assert not result.psi[~result.support].any()
+    assert result.psi[result.support].any()
+
+
+def test_lengths_choose_what_transforms() -> None:
+    plan = Plan(parse_schedule(1))
+    for shape, engine in (((104, 96), "blocks"), ((7, 11, 13), "blocks"), ((1, 40), "blocks"), ((514, 16), "fftw"), ((16, 487), "fftw")):
+        assert Solver(shape, plan).engine == engine
+        assert Solver(shape, plan, engine="repeatable").engine == engine
+    for engine in ("fftw", "scipy"):
+        assert Solver((104, 96), plan, engine=engine).engine == engine
 
 
 def test_a_result_does_not_depend_on_the_batch_it_came_in(rocking_curve: Array) -> None:

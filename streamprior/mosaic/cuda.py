@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.arrays import BACKWARD, FORWARD, load_cupy, plan_cufft
+from streamprior.arrays import BACKWARD, FORWARD, load_cupy, page_locked, plan_cufft
 from streamprior.mosaic.overlap import DIM, FLOOR, Canvas, Corners, Rule, Shots, light_without
 from streamprior.mosaic.probe import ProbePlaces
 
@@ -350,13 +350,6 @@ class _CardProbes:
             self._card[slot].set(host, self._stream)
         self._held.update(fresh)
         return self._card
-
-
-def page_locked(cupy: Any, shape: tuple[int, ...], kind: type) -> npt.NDArray[Any]:
-    """An uninitialised array that a card copies from while the CPU goes on."""
-    count = int(np.prod(shape))
-    memory = cupy.cuda.alloc_pinned_memory(count * np.dtype(kind).itemsize)
-    return np.frombuffer(memory, kind, count).reshape(shape)
 
 
 def _power_of_two(number: int, down: bool = False) -> int:

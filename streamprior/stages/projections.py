@@ -28,7 +28,7 @@ def load_counts(rows, counts, valid, held_out, target):  # type: ignore[no-untyp
         j = rows[y]
         for first, last, to in ((half, columns, 0), (0, half, columns - half)):
             goal = target[y, to : to + last - first]
-            some, number, bad = _load_row(counts[j, first:last], valid[j, first:last], held_out[j, first:last], scale, goal)
+            some, number, bad = load_row(counts[j, first:last], valid[j, first:last], held_out[j, first:last], scale, goal)
             photons += some
             pixels += number
             unfit += bad
@@ -36,7 +36,8 @@ def load_counts(rows, counts, valid, held_out, target):  # type: ignore[no-untyp
 
 
 @kernel
-def _load_row(counts, valid, held_out, scale, target):  # type: ignore[no-untyped-def]
+def load_row(counts, valid, held_out, scale, target):  # type: ignore[no-untyped-def]
+    """sqrt(counts * scale) of the pixels that take part, -1 of the others; returns their photons, their number and that of unfit counts."""
     photons = 0.0
     pixels = unfit = 0
     for i in range(counts.size):

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from streamprior.arrays import check_backend
 from streamprior.config import DriftSettings, PrepareSettings, RefineSettings
 from streamprior.errors import ConfigError
 from streamprior.prior import Prior
 from streamprior.records import Batch, Detector, Frame, RunStarted
 from streamprior.seams import Stage, Watch
-from streamprior.stages.classify import Classifier
+from streamprior.stages.classify_cuda import make_classifier
 from streamprior.stages.drift import DriftWatch, measured_here, signals
 from streamprior.stages.match import Matcher
 from streamprior.stages.prepare import Preparer, load_corrections
-from streamprior.stages.refine import Refiner
+from streamprior.stages.refine import Refiner, refine
 from streamprior.stages.schedule import Plan, Schedule, parse_schedule
 
 
@@ -24,6 +25,8 @@ from streamprior.stages.schedule import Plan, Schedule, parse_schedule
 class Recipe:
     """`bragg`: prepare, classify, match, refine in the crew; drift in order behind it. `ptycho`: prepare, classify; drift; then the mosaic,
     in a room of its own, because each of its frames builds on all that came before.
+
+    backend : where frames are classified and refined, "cpu", "cuda" or "auto".
 
     Built from settings and a prior alone; holds no socket, sink or ledger, so that it can be made anew in any worker.
     """
@@ -33,6 +36,7 @@ class Recipe:
     refine: RefineSettings
     drift: DriftSettings
     name: str = "bragg"
+    backend: str = "cpu"
 
     @property
     def refines(self) -> bool:
@@ -58,11 +62,11 @@ class Recipe:
         """A fresh set for one worker. Raises ConfigError for a schedule that is none."""
         always: tuple[Stage, ...] = (
             Preparer(self.prior, load_corrections(self.prepare, self.prior.geometry.detector_shape)),
-            Classifier(self.prior),
+            make_classifier(self.prior, self.backend),
         )
         if not self.refines:
             return always
-        refiner = Refiner(self.prior, plan_of(self.refine), self.refine.weight, self.refine.free_fraction)
+        refiner = Refiner(self.prior, plan_of(self.refine), self.refine.weight, self.refine.free_fraction, self.backend)
         return (*always, Matcher(self.prior, self.refine.candidates), refiner)
 
     def watches(self) -> Sequence[Watch]:
@@ -72,7 +76,10 @@ class Recipe:
         return (DriftWatch(prior, self.drift.limit, self.drift.patience),)
 
     def warm_up(self) -> None:
-        """Compile the kernels and plan the FFTs on a blank frame of each dtype: the first frame of a run is as quick as the last."""
+        """Compile the kernels and plan the FFTs on a blank frame of each dtype: the first frame of a run is as quick as the last.
+
+        Raises ConfigError where a card gives other results than the CPU.
+        """
         stages = self.stages()
         shape = self.prior.geometry.detector_shape
         run = RunStarted("warm-up", "", "", 0.0, None, Detector(shape=shape))
@@ -83,6 +90,31 @@ class Recipe:
             batch = Batch(run, (Frame("", "", 0, blank, 0.0), Frame("", "", 1, frozen, 0.0)))
             for stage in stages:
                 batch = stage(batch)
+        if check_backend(self.backend, ("cpu", "cuda")) == "cuda":
+            self._compare_with_cpu()
+
+    def _compare_with_cpu(self) -> None:
+        """A driver, a compiler or a card that computes wrongly would show in no error, only in the results of a beamtime."""
+        shape, rng = self.prior.geometry.shape, np.random.default_rng(0)
+        counts = rng.poisson(10.0, (2, *shape)).astype(np.float32)
+        valid = np.ones(shape, np.bool_)
+        maps = [make_classifier(self.prior, backend).classes(counts, valid).ids for backend in ("cuda", "cpu")]
+        other = float(np.mean(maps[0] != maps[1]))
+        # Error reduction from rough phases: shrink-wrap on noise, and a flat start's zeros, turn on a rounding.
+        inside = np.zeros(shape, np.bool_)
+        inside[shape[0] // 4 : -(shape[0] // 4), shape[1] // 4 : -(shape[1] // 4)] = True
+        start = (inside * np.exp(2j * np.pi * rng.random(counts.shape))).astype(np.complex64)
+        psi = [refine(counts, start, inside, iterations=10, backend=backend).psi for backend in ("cuda", "cpu")]
+        apart = float(np.abs(psi[0] - psi[1]).max() / np.abs(psi[1]).max())
+        if not (other < _OTHER_CLASS and apart < _OTHER_OBJECT):
+            raise ConfigError(
+                f"compute.backend: the CUDA card gives {other:.2%} of the pixels another class than the CPU, and an object that differs by"
+                f" {apart:.2%}; set compute.backend to cpu, and report the card, its driver and the version of cupy"
+            )
+
+
+_OTHER_CLASS, _OTHER_OBJECT = 1e-3, 1e-3
+"""Differences that rounding may make on frames of noise, where many pixels lie between two classes."""
 
 
 def judges_chi2(settings: RefineSettings) -> bool:

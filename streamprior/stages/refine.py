@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import gaussian_filter
 
-from streamprior.arrays import FftwPlan, check_backend, corner_order, make_plan
+from streamprior.arrays import check_backend
 from streamprior.prior import Prior
 from streamprior.records import FLAT, UNUSED, Batch, Flag, Photons, Reconstruction, Start
-from streamprior.stages.projections import iterate_fftw, load_counts, load_object, project_modulus, score, store_object, update_object
-from streamprior.stages.schedule import OUTSIDE, Iterate, Plan, Schedule, ShrinkWrap, parse_schedule
+from streamprior.stages.blocks import BlockFrame
+from streamprior.stages.lanes import can_transform
+from streamprior.stages.planned import PlannedFrame
+from streamprior.stages.refine_cuda import CudaSolver
+from streamprior.stages.schedule import Iterate, Plan, Schedule, ShrinkWrap, parse_schedule
 
 F32 = np.float32
-
-AREA_LIMITS = (0.3, 3.0)
-"""Shrink-wrap keeps the support's area between these multiples of the first one: a bad frame neither empties nor floods it."""
 
 ISLAND_RADIUS = 3
 """Held-out pixels come in islands, as neighbouring pixels of an oversampled pattern predict each other (Favre-Nicolin 2020)."""
@@ -81,7 +80,6 @@ def refine(
     ConfigError
         A backend that cannot compute here.
     """
-    check_backend(backend)
     plan = parse_schedule(iterations if schedule is None else schedule)
     flags: npt.NDArray[np.uint32] | None = None
     photons = np.asarray(counts.counts if isinstance(counts, Photons) else counts)
@@ -91,20 +89,33 @@ def refine(
         flags = counts.flags
     arms = _arms(start, support, photons)
     several = arms.unit.shape[1] > 1
-    return Solver(photons.shape[1:], Plan(plan, trial if several else 0), weight).solve(photons, arms, known, flags)
+    solver = make_solver(photons.shape[1:], Plan(plan, trial if several else 0), weight, backend=backend)
+    return solver.solve(photons, arms, known, flags)
+
+
+def make_solver(
+    shape: tuple[int, ...], plan: Plan, weight: float = 0.0, free_fraction: float = 0.0, backend: str = "auto"
+) -> Solver | CudaSolver:
+    """What refines frames of one shape on "cpu", "cuda", or "auto": a CUDA card where there is one.
+
+    Raises ConfigError where the backend cannot compute here.
+    """
+    if check_backend(backend, ("cpu", "cuda")) == "cuda":
+        return CudaSolver(shape, plan, weight, free_islands(shape, free_fraction))
+    return Solver(shape, plan, weight, free_fraction)
 
 
 class Refiner:
     """The stage: owns a solver for the prior's frames; one for each thread.
 
     plan : what every frame goes through. weight : proximal weight. free_fraction : part of the pixels that is held out and judges the
-    result (free_llk); 0 for none.
+    result (free_llk); 0 for none. backend : as of `make_solver`.
     """
 
     name = "refine"
 
-    def __init__(self, prior: Prior, plan: Plan, weight: float = 0.0, free_fraction: float = 0.0) -> None:
-        self._solver = Solver(prior.geometry.shape, plan, weight, free_fraction)
+    def __init__(self, prior: Prior, plan: Plan, weight: float = 0.0, free_fraction: float = 0.0, backend: str = "cpu") -> None:
+        self._solver = make_solver(prior.geometry.shape, plan, weight, free_fraction, backend)
 
     def __call__(self, batch: Batch) -> Batch:
         photons = batch.photons
@@ -116,10 +127,13 @@ class Refiner:
 
 
 class Solver:
-    """Owns the FFT plan and the buffers for frames of one shape, for one thread.
+    """Owns what refines frames of one shape, for one thread.
 
-    Frames are done one by one, so that a result never depends on its neighbours. Working arrays are in FFT order (beam and object in the
-    corner): frames are reordered once when they come and objects once when they leave, not in every iteration.
+    Frames are done one by one, so that a result never depends on its neighbours.
+
+    engine : "blocks" works within the cache, on lengths without a prime factor above 13; "fftw" and "scipy" are planned transforms of any
+    length. "auto" takes the first of these that can. "repeatable" does too, and chooses nothing by timing: the same bits whatever the state
+    folder holds.
     """
 
     def __init__(self, shape: tuple[int, ...], plan: Plan, weight: float = 0.0, free_fraction: float = 0.0, engine: str = "auto") -> None:
@@ -127,27 +141,26 @@ class Solver:
             raise ValueError(f"weight is {weight}; the proximal weight is a finite number from 0")
         if plan.trial < 0:
             raise ValueError(f"trial is {plan.trial}; an arm is tried for 0 iterations or more")
-        self._shape, self._steps, self._weight = shape, plan, weight
+        self._shape, self._steps = shape, plan
         self._trial = Schedule((Iterate("ER", plan.trial),) if plan.trial else ())
-        self._plan = make_plan(shape, engine)
-        size = math.prod(shape)
-        self._inverse = F32(1 / size)
-        self._rows = corner_order(shape[:-1])
         self._held_out = free_islands(shape, free_fraction)
-        order = corner_order(shape)
-        self._free = np.flatnonzero(self._held_out.reshape(-1)[order])  # where held-out pixels lie in FFT order, and in the centred frame
-        self._free_centred = order[self._free]
+        self._free = np.flatnonzero(self._held_out)
+        able = all(can_transform(length) for length in shape)
+        in_blocks = engine == "blocks" or (able and engine in ("auto", "repeatable"))
+        self._frame: BlockFrame | PlannedFrame = (
+            BlockFrame(shape, weight, self._free) if in_blocks else PlannedFrame(shape, weight, self._free, engine)
+        )
         # Copies of the frame in hand, of one dtype and layout whatever came in: one compiled variant of each kernel serves all.
         self._counts, self._start = np.empty(shape, F32), np.empty(shape, np.complex64)
         self._valid, self._support = np.empty(shape, np.bool_), np.empty(shape, np.bool_)
-        # In FFT order: sqrt(counts * size), the modulus that an unscaled FFT must have, or -1 where nothing was measured.
-        self._target = np.empty(shape, F32)
-        self._inside = np.empty(shape, np.bool_)
         self._area = 0  # of the support as it came
-        self._anchor = np.zeros(2 * size, F32)
-        # The best arm so far, and the misfit before each iteration of the one in hand.
-        self._best, self._best_inside, self._best_anchor = np.empty(shape, np.complex64), np.empty(shape, np.bool_), np.zeros(2 * size, F32)
+        # The misfit before each iteration of the arm in hand, and of the best so far.
         self._errors, self._best_errors = np.zeros(plan.longest + 1), np.zeros(plan.longest + 1)
+
+    @property
+    def engine(self) -> str:
+        """What transforms: "blocks", "fftw" or "scipy"."""
+        return self._frame.engine
 
     def solve(
         self, counts: npt.NDArray[Any], arms: Start, valid: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint32] | None
@@ -160,7 +173,7 @@ class Solver:
                 np.copyto(self._counts, counts[i], casting="unsafe")
             np.copyto(self._valid, valid[i])
             self._refine_one(result, i, arms)
-            store_object(self._rows, _rows(self._plan.psi), _rows(self._inside), _rows(result.psi[i]), _rows(result.support[i]))
+            self._frame.store(result.psi[i], result.support[i])
         return result
 
     def _blank(self, number: int, tried: int, flags: npt.NDArray[np.uint32] | None) -> Reconstruction:
@@ -181,9 +194,8 @@ class Solver:
         )
 
     def _refine_one(self, result: Reconstruction, i: int, arms: Start) -> None:
-        frame = (_rows(self._counts), _rows(self._valid), _rows(self._held_out))
-        photons, pixels, found = load_counts(self._rows, *frame, _rows(self._target))
-        power = photons * self._target.size
+        photons, pixels, found = self._frame.load_counts(self._counts, self._valid, self._held_out)
+        power = photons * self._counts.size
         used = np.flatnonzero(arms.unit[i] != UNUSED)
         alone = len(used) == 1 or bool(found)
         kept, done, flags = (int(used[0]), 0, self._begin(arms, i, int(used[0]))) if alone else self._best_of(result, i, arms, used, power)
@@ -193,7 +205,7 @@ class Solver:
             if alone and self._steps.alone is not None and arms.unit[i, kept] == FLAT:
                 schedule = self._steps.alone
             done = self._run(schedule, done)
-            squares, residual, moduli = score(_flat(self._plan.field), _flat(self._target))
+            squares, residual, moduli = self._frame.score()
             self._errors[done] = squares
             if not np.isfinite(self._errors[: done + 1]).all():  # counts or a start beyond what single precision can square
                 found |= Flag.NONFINITE
@@ -218,17 +230,17 @@ class Solver:
             if self._begin(arms, i, int(arm)):
                 continue
             done = self._run(self._trial, 0)
-            squares = score(_flat(self._plan.field), _flat(self._target))[0]
+            squares = self._frame.misfit()
             self._errors[done] = squares
             result.trial[i, arm] = squares / power
             if squares < least:
                 kept, least, area = int(arm), squares, self._area
-                self._best[...], self._best_inside[...], self._best_anchor[:] = self._plan.psi, self._inside, self._anchor
+                self._frame.keep()
                 self._best_errors[: done + 1] = self._errors[: done + 1]
         if least == math.inf:
             return kept, 0, self._begin(arms, i, kept)
         self._area = area
-        self._plan.psi[...], self._inside[...], self._anchor[:] = self._best, self._best_inside, self._best_anchor
+        self._frame.recall()
         self._errors[: self._steps.trial + 1] = self._best_errors[: self._steps.trial + 1]
         return kept, self._steps.trial, 0
 
@@ -237,56 +249,24 @@ class Solver:
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(self._start, arms.psi[i, arm], casting="unsafe")
         np.copyto(self._support, arms.support[i, arm])
-        area, flags = load_object(self._rows, _rows(self._start), _rows(self._support), _rows(self._plan.psi), _rows(self._inside))
-        self._area = int(area)
-        if not area:
-            flags |= Flag.NO_SUPPORT
-            self._plan.psi[...] = 0
-        self._anchor[:] = _flat(self._plan.psi)
-        return int(flags)
+        self._area, flags = self._frame.load_object(self._start, self._support)
+        return flags
 
     def _run(self, schedule: Schedule, done: int) -> int:
         """All steps of a schedule on the object in hand; `_errors[j]` is the misfit before iteration j. Returns the iterations done."""
         for step in schedule.steps:
             if isinstance(step, ShrinkWrap):
-                shrink_wrap(self._plan.psi, step, self._area, self._inside)
+                self._frame.shrink_wrap(step, self._area)
             else:
-                self._iterate(step, self._errors[done : done + step.times])
+                self._frame.iterate(step, self._errors[done : done + step.times])
                 done += step.times
-        self._plan.forward()
         return done
-
-    def _iterate(self, step: Iterate, errors: npt.NDArray[np.float64]) -> None:
-        plan, rule = self._plan, np.array([*OUTSIDE[step.rule], self._weight], F32)
-        psi, field, target, inside = _flat(plan.psi), _flat(plan.field), _flat(self._target), _flat(self._inside)
-        if isinstance(plan, FftwPlan):
-            transforms = (plan.execute, plan.forward_plan, plan.backward_plan)
-            iterate_fftw(*transforms, psi, field, target, inside, self._anchor, rule, self._inverse, errors)
-            return
-        for j in range(step.times):
-            plan.forward()
-            errors[j] = project_modulus(field, target, self._inverse)
-            plan.backward()
-            update_object(psi, field, inside, self._anchor, rule)
 
     def _free_likelihood(self) -> float:
         """Poisson log-likelihood of the held-out pixels, 1 for a perfect model (docs/physics.md section 2); NaN where none is held out."""
-        measured = self._valid.reshape(-1)[self._free_centred]
-        photons = self._counts.reshape(-1)[self._free_centred[measured]].astype(np.float64)
-        if not photons.size:
-            return math.nan
-        field = self._plan.field.reshape(-1)[self._free[measured]].astype(np.complex128)
-        return poisson_llk(photons, np.abs(field) ** 2 / self._target.size)
-
-
-def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A flat view; complex numbers as pairs (real, imaginary) of float32, which is what the kernels take."""
-    return array.reshape(-1).view(F32) if array.dtype == np.complex64 else array.reshape(-1)
-
-
-def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same as rows along the last axis."""
-    return _flat(array).reshape(math.prod(array.shape[:-1]), -1)
+        measured = self._valid.reshape(-1)[self._free]
+        photons = self._counts.reshape(-1)[self._free[measured]].astype(np.float64)
+        return poisson_llk(photons, self._frame.model()[measured]) if photons.size else math.nan
 
 
 def poisson_llk(counts: npt.NDArray[np.float64], model: npt.NDArray[np.float64]) -> float:
@@ -316,20 +296,6 @@ def free_islands(shape: tuple[int, ...], fraction: float) -> npt.NDArray[np.bool
         island = island[:, ((island >= 0) & (island < np.array(shape)[:, None])).all(0)]
         held[tuple(island)] = True
     return held
-
-
-def shrink_wrap(psi: npt.NDArray[np.complex64], step: ShrinkWrap, area: int, inside: npt.NDArray[np.bool_]) -> None:
-    """Write the new support into `inside`, in the layout of psi (corner or centred: both are periodic); `area` is the first support's."""
-    smooth = gaussian_filter(np.abs(psi), step.sigma, mode="wrap")
-    peak = smooth.max()
-    if not 0 < peak < np.inf:  # nothing to go by: the support stays
-        return
-    np.greater(smooth, F32(step.threshold) * peak, out=inside)
-    low, high = (min(max(1, round(limit * area)), psi.size) for limit in AREA_LIMITS)
-    found = np.count_nonzero(inside)
-    if not low <= found <= high:
-        kept = low if found < low else high
-        np.greater_equal(smooth, np.partition(smooth, psi.size - kept, axis=None)[psi.size - kept], out=inside)
 
 
 def _arms(start: Start | npt.NDArray[Any], support: npt.NDArray[np.bool_] | None, counts: npt.NDArray[Any]) -> Start:
