@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 import typing
 from pathlib import Path
 from typing import Any
 
 import typer.models
+from benchmarks_page import benchmarks_page
 from markdown_table import table
 from mosaic_page import mosaic_page
 from prior_page import prior_page
@@ -25,17 +25,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 """Files that `streamprior bench --json` printed; those of `bench prior` end in -prior.jsonl, of `bench scans` in -scans.jsonl."""
 
-_MEASURES = {
-    "classify": "one core, nanoseconds a pixel, counts to class ids and mean distance; the floor is a plain copy of the same bytes; naive"
-    " is scipy.ndimage with scikit-learn.",
-    "refine": "50 iterations of error reduction, one core; the floor is the 100 planned transforms alone.",
-    "mosaic": "a frame-pass is one frame put into one mosaic once, 128 x 128; the floor is its planned transforms alone, and beside it are"
-    " an ePIE in plain scipy and Pty-Chi's best rate.",
-    "path": "socket to archive, the sender sharing the cores; beside it the stages alone on as many threads.",
-    "wire": "one thread, messages of a DECTRIS stream to frames; beside it a bare parser and decompressor that check nothing.",
-}
-"""Benchmark -> what its numbers are of."""
-
 MADE = "<!-- Made from the code by `python docs/generate.py`; edits here are overwritten. -->\n\n"
 
 
@@ -45,7 +34,7 @@ def pages() -> dict[str, str]:
         "docs/reference/settings.md": settings_page(),
         "docs/reference/metrics.md": metrics_page(),
         "docs/reference/cli.md": cli_page(),
-        "docs/benchmarks.md": benchmarks_page(),
+        "docs/benchmarks.md": MADE.replace("the code", "measurements") + benchmarks_page(newest_timed()),
         "docs/prior.md": MADE.replace("the code", "measurements")
         + prior_page(ROOT / "docs" / "prior.md.in", max(RESULTS.glob("*-prior.jsonl"))),
         "docs/mosaic.md": MADE.replace("the code", "measurements")
@@ -93,29 +82,10 @@ def example_meters() -> Meters:
     return meters
 
 
-def benchmarks_page() -> str:
-    """The newest timed measurement."""
+def newest_timed() -> Path:
+    """The newest measurement, and no study."""
     studies = {file for study in ("prior", "scans") for file in RESULTS.glob(f"*-{study}.jsonl")}
-    newest = max(set(RESULTS.glob("*.jsonl")) - studies)
-    lines = [json.loads(line) for line in newest.read_text().splitlines()]
-    machine = next(line["machine"] for line in lines if "machine" in line)
-    text = [
-        f"{MADE}# Benchmarks\n",
-        f"`streamprior bench --json > benchmarks/results/{newest.name}` on {machine['cpu']}, {machine['cores']} cores, load "
-        f"{machine['load_1min']:.1f} at the start. Ratios are taken within the run; absolute times hold for this machine.\n",
-        " ".join(f"*{name}*: {words}" for name, words in _MEASURES.items() if any(line.get("benchmark") == name for line in lines)) + "\n",
-    ]
-    for name in dict.fromkeys(line["benchmark"] for line in lines if "benchmark" in line):
-        rows = [{key: value for key, value in line.items() if key != "benchmark"} for line in lines if line.get("benchmark") == name]
-        # Rows of one shape make a table; the thread row of refine is a table of its own.
-        for columns in dict.fromkeys(tuple(row) for row in rows):
-            same = [tuple(_shown(value) for value in row.values()) for row in rows if tuple(row) == columns]
-            text.append(f"## {name}\n\n{table([column.replace('_', ' ') for column in columns], same)}")
-    return "\n".join(text)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    return max(set(RESULTS.glob("*.jsonl")) - studies)
 
 
 def cli_page() -> str:

@@ -583,18 +583,20 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="Timed: classify, refine, mosaic, path, wire, or all of them. Studies: crystals, measured, morphology, reuse, or prior for"
-            " these four; scans."
+            help="Timed: classify, refine, mosaic, path, wire, gpu, or all of them. Studies: crystals, measured, morphology, reuse, or"
+            " prior for these four; scans."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line each instead of a table.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of each measurement.")] = 5,
+    only: Annotated[str, typer.Option(help="Nothing but the rows with this in their name (what): 128x128, or 'two cores'.")] = "",
 ) -> None:
     """The benchmarks: ours beside the limit and beside what one would take instead, as ratios within one run; and the studies of the prior.
 
     Example: streamprior bench refine --json
+    Example: streamprior bench refine --only 128x128
     """
-    from streamprior_bench import BENCHMARKS, PRIOR, STUDIES, machine
+    from streamprior_bench import BENCHMARKS, PRIOR, STUDIES, machine, rows
 
     known = {**BENCHMARKS, **STUDIES}
     chosen = {"all": tuple(BENCHMARKS), "prior": PRIOR}.get(what, (what,))
@@ -608,14 +610,18 @@ def bench(
 
         # What stages have to say goes to standard error, beside the lines.
         configure_logging(LogSettings(level="error"))
+        measured = 0
         for name in chosen:
-            rows = []
-            for row in known[name](repeats=repeats):
-                rows.append(row)
+            found = []
+            for row in rows(name, repeats, only):
+                found.append(row)
                 if as_json:
                     print(json.dumps({"benchmark": name, **row}), flush=True)  # noqa: T201
-            if not as_json:
-                _print_rows(name, rows)
+            if not as_json and found:
+                _print_rows(name, found)
+            measured += sum("skipped" not in row for row in found)
+        if only and not measured:
+            raise typer.BadParameter(f"no row of {', '.join(chosen)} has {only!r} in its name", param_hint="--only")
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
@@ -632,14 +638,28 @@ def _fail(sentence: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+_MOST_COLUMNS = 8
+
+
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(f"{row[key]:.4g}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in columns))
+    if len(columns) > _MOST_COLUMNS:  # a terminal would show none of them
+        table.add_column("what")
+        table.add_column("")
+        for row in rows:
+            named = [(key, value) for key, value in row.items() if key != "what" and value is not None]
+            table.add_row(str(row.get("what", "")), ", ".join(f"{key} {_cell(value)}" for key, value in named), end_section=True)
+    else:
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(_cell(row.get(key, "")) for key in columns))
     out.print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print_accounts(accounts: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamprior_bench import classify, crystals, measured, morphology, mosaic, path, refine, reuse, scans, wire
+from streamprior_bench import classify, crystals, gpu, measured, morphology, mosaic, path, refine, reuse, scans, wire
 from streamprior_bench.measure import machine as machine
 
 BENCHMARKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -14,8 +14,12 @@ BENCHMARKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "mosaic": mosaic.run,
     "path": path.run,
     "wire": wire.run,
+    "gpu": gpu.run,
 }
 """Name -> run(repeats), which yields a dict for each measurement as it is made."""
+
+CHOOSING = ("classify", "refine", "gpu")
+"""Benchmarks that take `only` and measure nothing but the rows asked for; of the others everything is measured, and the rest left out."""
 
 STUDIES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "crystals": crystals.run,
@@ -28,3 +32,10 @@ STUDIES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 
 PRIOR = ("crystals", "measured", "morphology", "reuse")
 """The studies of the prior. Together: `bench prior`."""
+
+
+def rows(name: str, repeats: int, only: str = "") -> Iterator[dict[str, Any]]:
+    """Rows of a benchmark or study as they are made, of those whose name (`what`) holds `only`; and of every peer that is not there."""
+    run = {**BENCHMARKS, **STUDIES}[name]
+    made = run(repeats=repeats, only=only) if name in CHOOSING else run(repeats=repeats)
+    return (row for row in made if only in row.get("what", "") or "skipped" in row)

@@ -1,64 +1,154 @@
-"""Classification: ns a pixel of the fused kernel, beside scipy + scikit-learn and beside a plain copy of the same bytes."""
+"""Classification, ns a pixel: ours beside what the machine's arithmetic and memory allow, beside scipy + scikit-learn and MiniSom."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
-from sklearn.metrics import pairwise_distances_argmin_min
-from threadpoolctl import threadpool_limits
 
 from streamprior.prior import Geometry, Prior
 from streamprior.stages.classify import Classifier
 from streamprior.stages.features import features
-from streamprior_bench.measure import interleaved
+from streamprior_bench import limits
+from streamprior_bench.measure import Case, absent, beside, rows_of, spread, timed
+from streamprior_bench.peers_classify import minisom_classes, minisom_of, projected, scipy_classes
 
 SIZES = (104, 512, 2048)
-CLASSES = (3, 7)
+CLASSES = (3, 7, 49)
+PATH_SIZE = 128
 COMPONENTS = 6
+PEERS = {"scikit-learn": ("sklearn.metrics", "scikit-learn"), "MiniSom": ("minisom", "minisom")}
+
+MINISOM_PIXELS = 2000
+"""MiniSom goes pixel by pixel, so that so many tell the cost of each."""
+
+FEATURE_FLOPS = {
+    "counts scaled, and their sum for the scale": 2,
+    "log intensity: 1 + x, its mantissa, a polynomial of degree 8, and the exponent's multiply-add": 20,
+    "local mean: six additions and a factor": 7,
+    "local deviation: sums of five along (12, with their squares), down (8), two factors, variance, bound, root": 26,
+    "Laplacian: a multiply-add, as its sum of four is the local mean's": 2,
+    "gradient: two differences, their squares, root, factor": 7,
+    "radius: a multiply-add and a root": 3,
+    "residual: 17 symmetric taps along (two of its sums are there already) and down, and a difference": 49,
+}
+"""Feature -> floating-point operations a pixel in the arrangement of stages/features.py, a multiply-add counted as two. The angle has no
+weight and costs nothing."""
+
+WEIGHTED = 8
+"""Features with a weight: all but the angle."""
 
 
-def run(repeats: int = 7) -> Iterator[dict[str, Any]]:
-    """One measurement a dict: one core, float32 frames, contestants interleaved within the run, medians over `repeats`."""
-    with threadpool_limits(1):
-        for size in SIZES:
-            for classes in CLASSES:
-                yield _one(size, classes, repeats)
+def flops(classes: int, components: int) -> int:
+    """Operations a pixel in the arrangement of stages/classify.py: the features; P components, each a multiply-add a feature but for those
+    that a triangular projection leaves out; K scores, each a multiply-add a component, a comparison and two choices; a multiply-add for the
+    square of each component; sum, bound, root and sum of the distance."""
+    projection = sum(2 * (WEIGHTED - p) for p in range(min(components, WEIGHTED)))
+    return sum(FEATURE_FLOPS.values()) + projection + classes * (2 * components + 3) + 2 * components + 4
 
 
-def _one(size: int, classes: int, repeats: int) -> dict[str, Any]:
-    frames = synthetic_frames(size)
+def run(repeats: int = 5, only: str = "") -> Iterator[dict[str, Any]]:
+    """A row for each size, number of classes and dtype on one core, then for each size on two; contestants interleaved within a row."""
+    missing = absent(PEERS)
+    yield from missing.values()
+    yield from rows_of(cases(missing), repeats, only)
+
+
+def cases(missing: Collection[str]) -> list[Case]:
+    """All rows, without the peers that are missing."""
+    alone = [(size, classes, np.float32) for size in SIZES for classes in CLASSES]
+    alone += [(PATH_SIZE, 3, dtype) for dtype in (np.float32, np.uint16)]
+    return [
+        *(Case(f"{_named(*one)}, one core", partial(_one_core, *one, missing)) for one in alone),
+        *(Case(f"{_named(size, 3, np.float32)}, two cores", partial(_two_cores, size)) for size in SIZES),
+        Case(f"{_named(SIZES[-1], 3, np.float32)}, two cores in a frame", partial(_within_a_frame, SIZES[-1])),
+    ]
+
+
+def _named(size: int, classes: int, dtype: type) -> str:
+    return f"{size}x{size} K={classes} {np.dtype(dtype).name}"
+
+
+def _one_core(size: int, classes: int, dtype: type, missing: Collection[str], repeats: int) -> dict[str, Any]:
+    frames = synthetic_frames(size).astype(dtype)
     prior = synthetic_prior(frames, classes)
-    classifier = Classifier(prior)
-    valid = ~prior.invalid
-    ids = np.empty(frames.shape, np.uint8)
-    copied = np.empty_like(frames)
+    classifier, valid = Classifier(prior), ~prior.invalid
+    works: dict[str, Callable[[], object]] = {
+        "ours": lambda: classifier.classes(frames, valid),
+        "streamed": limits.streamed(frames, valid),
+        "multiply_adds": limits.multiply_adds(),
+    }
+    pixels = {"ours": frames.size, "streamed": frames.size}
+    if "scikit-learn" not in missing:
+        works["scipy"], pixels["scipy"] = lambda: scipy_classes(frames[0], prior), frames[0].size
+    if "MiniSom" not in missing:
+        som, table = minisom_of(prior), projected(frames[0], prior)[:: max(1, frames[0].size // MINISOM_PIXELS)]
+        works["minisom"], pixels["minisom"] = lambda: minisom_classes(som, table), len(table)
+    spent = timed(works, repeats)
+    agreement = None if "scikit-learn" in missing else _agreement(classifier, frames, prior)
+    return _row(spent, pixels, flops(classes, COMPONENTS), frames) | {"label_agreement": agreement, "repeats": repeats}
 
-    def floor() -> None:
-        # The bytes that any version must move: counts in, classes out.
-        np.copyto(copied, frames)
-        ids.fill(0)
 
-    seconds = interleaved(
-        {"ours": lambda: classifier.classes(frames, valid), "naive": lambda: _naive(frames[0], prior), "floor": floor}, repeats
-    )
-    pixels = {"ours": frames.size, "naive": frames[0].size, "floor": frames.size}
-    each = {name: 1e9 * seconds[name] / pixels[name] for name in seconds}
-    agreement = float(np.mean(classifier.classes(frames, valid).ids[0] == _naive(frames[0], prior)[0]))
+def _row(
+    spent: Mapping[str, Sequence[float]], pixels: Mapping[str, int], flops_a_pixel: int, frames: np.ndarray[Any, Any]
+) -> dict[str, Any]:
+    """ns a pixel of everyone; the limit is the longer of the two times, as arithmetic and memory work at the same time."""
+    each = {name: 1e9 * statistics.median(spent[name]) / number for name, number in pixels.items()}
+    rate = limits.FLOPS / statistics.median(spent["multiply_adds"])
+    arithmetic = 1e9 * flops_a_pixel / rate
+    limit = max(arithmetic, each["streamed"])
+    peers = {name: each.get(name) for name in ("scipy", "minisom")}
     return {
-        "size": size,
-        "classes": classes,
-        "components": COMPONENTS,
-        "frames": len(frames),
-        "repeats": repeats,
-        "ours_ns_per_pixel": round(each["ours"], 3),
-        "naive_ns_per_pixel": round(each["naive"], 2),
-        "floor_ns_per_pixel": round(each["floor"], 3),
-        "naive_over_ours": round(each["naive"] / each["ours"], 1),
-        "frames_per_second": round(1e9 / (each["ours"] * size * size), 1),
-        "label_agreement": round(agreement, 7),
+        "limit_ns": limit,
+        "ours_ns": each["ours"],
+        "limit_over_ours": limit / each["ours"],
+        "ours_spread": spread(spent["ours"]),
+        **{f"{name}_ns": ns for name, ns in peers.items()},
+        **{f"{name}_over_ours": None if ns is None else ns / each["ours"] for name, ns in peers.items()},
+        "ours_frames_per_s": 1e9 / (each["ours"] * frames[0].size),
+        "flops_per_pixel": flops_a_pixel,
+        "bytes_per_pixel": 2 * (frames.itemsize + 1) + 1,
+        "gflops_per_s": rate / 1e9,
+        "arithmetic_ns": arithmetic,
+        "memory_ns": each["streamed"],
+    }
+
+
+def _agreement(classifier: Classifier, frames: np.ndarray[Any, Any], prior: Prior) -> float:
+    return float(np.mean(classifier.classes(frames[:1], ~prior.invalid).ids[0] == scipy_classes(frames[0], prior)[0]))
+
+
+def _two_cores(size: int, repeats: int) -> dict[str, Any]:
+    """As many frames on each of two threads as on the one beside them."""
+    frames = synthetic_frames(size)
+    prior = synthetic_prior(frames, 3)
+    works = [partial(Classifier(prior).classes, frames, ~prior.invalid) for _ in range(2)]
+    return _two_over_one(works[0], beside(*works), len(frames), 2 * len(frames), repeats)
+
+
+def _within_a_frame(size: int, repeats: int) -> dict[str, Any]:
+    """A large frame that comes alone, its rows shared by two threads."""
+    frame = synthetic_frames(size)[:1]
+    prior = synthetic_prior(frame, 3)
+    one, two = (partial(Classifier(prior, threads).classes, frame, ~prior.invalid) for threads in (1, 2))
+    return _two_over_one(one, two, 1, 1, repeats)
+
+
+def _two_over_one(one: Callable[[], object], two: Callable[[], object], frames_one: int, frames_two: int, repeats: int) -> dict[str, Any]:
+    """Rates, and what multiply-adds gain from the second core in the same run: that is what the machine gives."""
+    sums = [limits.multiply_adds() for _ in range(2)]
+    spent = timed({"one": one, "two": two, "one sum": sums[0], "two sums": beside(*sums)}, repeats)
+    median = {name: statistics.median(times) for name, times in spent.items()}
+    rate_one, rate_two = frames_one / median["one"], frames_two / median["two"]
+    return {
+        "one_core_frames_per_s": rate_one,
+        "two_cores_frames_per_s": rate_two,
+        "two_over_one": rate_two / rate_one,
+        "limit_two_over_one": 2 * median["one sum"] / median["two sums"],
+        "two_spread": spread(spent["two"]),
     }
 
 
@@ -94,28 +184,3 @@ def synthetic_prior(frames: np.ndarray[Any, Any], classes: int) -> Prior:
         support=nothing,
         invalid=nothing,
     )
-
-
-def _naive(counts: np.ndarray[Any, Any], prior: Prior) -> tuple[np.ndarray[Any, Any], float]:
-    """Classes (H, W) and mean distance of one frame, as one would write them at the first try: a pass for each step."""
-    image = counts.astype(np.float32) * np.float32(prior.normaliser / counts.mean())
-    height, width = image.shape
-    rows, columns = np.mgrid[:height, :width].astype(np.float32)
-    rows, columns = rows - height // 2, columns - width // 2
-    mean5 = ndimage.uniform_filter(image, 5)
-    gradient = np.gradient(np.pad(image, 1, mode="symmetric"))
-    maps = [
-        image,
-        np.log1p(image),
-        ndimage.uniform_filter(image, 3),
-        np.sqrt(np.maximum(ndimage.uniform_filter(image**2, 5) - mean5**2, 0)),
-        ndimage.laplace(image),
-        np.hypot(*gradient)[1:-1, 1:-1],
-        np.hypot(rows, columns),
-        np.arctan2(rows, columns),
-        image - ndimage.gaussian_filter(image, 2.0),
-    ]
-    table = np.stack(maps).reshape(len(maps), -1).T
-    projected = ((table - prior.feature_mean) * prior.feature_scale) @ prior.pca_components.T
-    nearest, distance = pairwise_distances_argmin_min(projected, prior.centroids)
-    return nearest.astype(np.uint8).reshape(image.shape), float(distance.mean())
