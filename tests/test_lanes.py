@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamprior.jit import LANES
+from streamprior.jit.written import LANES
 from streamprior.stages.lanes import backward, butterfly, can_transform, forward, frequencies, plan_axis
 
 LENGTHS = [1, 2, 3, 4, 8, 13, 16, 22, 24, 32, 49, 60, 64, 104, 105, 128, 143, 256, 400, 512, 1024]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.jit import WIDE, bare_kernel, choose, inlined, kernel, load, root, spread, store_bytes, total, where
+from streamprior.jit import bare_kernel, inlined, kernel
+from streamprior.jit.wide import WIDE, choose, load, root, spread, store_bytes, total, where
 from streamprior.prior import Prior
 from streamprior.records import NOT_MEASURED, Batch, Classes, Photons
 from streamprior.stages.features import (

@@ -7,23 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.jit import (
-    WIDE,
-    backwards,
-    bare_kernel,
-    choose,
-    exponent,
-    inlined,
-    load,
-    mantissa,
-    moved,
-    ramp,
-    root,
-    spread,
-    store,
-    total,
-    where,
-)
+from streamprior.jit import bare_kernel, inlined
+from streamprior.jit.wide import WIDE, backwards, choose, exponent, load, mantissa, moved, ramp, root, spread, store, total, where
 from streamprior.prior import FEATURES
 
 REACH = 8

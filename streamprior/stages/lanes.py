@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.jit import LANES, Floats, Lanes, Place, inlined, written
+from streamprior.jit import kernel
+from streamprior.jit.written import LANES, Floats, Lanes, Place, written
 
 F32 = np.float32
 
@@ -83,7 +84,7 @@ def _radices(length: int) -> tuple[int, ...]:
     return (*found, *[8] * ((twos - 2 * fours) // 3), *[4] * fours)
 
 
-@inlined
+@kernel
 def forward(x, at, axis, stages):  # type: ignore[no-untyped-def]
     """The first `stages` stages on eight columns, whose elements begin at x[at]."""
     length, row = axis.length, 0
@@ -99,7 +100,7 @@ def forward(x, at, axis, stages):  # type: ignore[no-untyped-def]
         length = rest
 
 
-@inlined
+@kernel
 def backward(x, at, axis, stages):  # type: ignore[no-untyped-def]
     """The way back from so many stages, the other way round."""
     length, row = axis.length, 0

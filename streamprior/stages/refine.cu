@@ -17,7 +17,7 @@
 
 typedef unsigned char byte;
 
-// What is noted of every frame, a row of doubles; refine_cuda.py reads it. From ERRORS on: the misfit before each iteration, and at the end.
+// What is noted of every frame, a row of doubles; told_cuda.py reads it. From ERRORS on: the misfit before each iteration, and at the end.
 enum { PHOTONS, PIXELS, FLAGS, KEPT, AREA, START_FLAGS, RESIDUAL, MODULI, FREE_SUM, FREE_PIXELS, ERRORS };
 
 // records.Flag

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,7 @@ from streamprior.stages.iterate_cuda import C64, F32, I32, SOURCE, THREADS, Obje
 from streamprior.stages.landing_cuda import Landing, copy_items, map_apart, power_of_two
 from streamprior.stages.schedule import Iterate, Plan, Schedule, ShrinkWrap
 from streamprior.stages.shrink import AREA_LIMITS
-
-PHOTONS, PIXELS, FLAGS, KEPT, _AREA, _START_FLAGS, RESIDUAL, MODULI, FREE_SUM, FREE_PIXELS, ERRORS = range(11)
-"""Places in a frame's row of numbers, as in refine.cu."""
+from streamprior.stages.told_cuda import ERRORS, Group, Told, reconstruction
 
 KERNELS = (
     *("load_counts", "load_objects", "project_modulus", "update_object", "add_misfits", "score", "choose", "take_modulus", "blur"),
@@ -30,15 +27,6 @@ _BLUR_SIGMAS = 4.0
 
 _SLOTS = 2
 """Chunks on their way: while one is computed the next one comes in, and then the last one leaves."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Frames that go through the same: with several arms through the trial, then all through the schedule. index : ascending."""
-
-    index: npt.NDArray[np.intp]
-    trial: bool
-    schedule: Schedule
 
 
 class CudaSolver:
@@ -143,7 +131,7 @@ class CudaSolver:
         if used.sum(1).max(initial=0) > self._engine.room:
             self._build(self._engine.name, int(used.sum(1).max()))
         groups = self._groups(used, arms.unit)
-        told = _Told(
+        told = Told(
             psi=page_locked(self._cupy, (len(counts), *self._shape), C64),
             support=page_locked(self._cupy, (len(counts), *self._shape), np.uint8),
             numbers=page_locked(self._cupy, (len(counts), self._length), np.float64),
@@ -163,16 +151,16 @@ class CudaSolver:
                 place = [place[0] + slot.frames, place[1] + slot.arms]
         finally:
             self._down.synchronize()  # sync: the caller wants the result; nor may its memory be written later
-        return self._result(told, groups, used, flags)
+        return reconstruction(told, groups, used, self._steps.trial, flags)
 
-    def _groups(self, used: npt.NDArray[np.bool_], unit: npt.NDArray[np.int32]) -> list[_Group]:
+    def _groups(self, used: npt.NDArray[np.bool_], unit: npt.NDArray[np.int32]) -> list[Group]:
         several = used.sum(1) > 1
         flat = ~several & (np.where(used, unit, FLAT) == FLAT).all(1)
         abstained = flat if self._steps.alone is not None else np.zeros_like(flat)
         groups = [
-            _Group(np.flatnonzero(several), True, self._steps.schedule),
-            _Group(np.flatnonzero(~several & ~abstained), False, self._steps.schedule),
-            _Group(np.flatnonzero(abstained), False, self._steps.alone or self._steps.schedule),
+            Group(np.flatnonzero(several), True, self._steps.schedule),
+            Group(np.flatnonzero(~several & ~abstained), False, self._steps.schedule),
+            Group(np.flatnonzero(abstained), False, self._steps.alone or self._steps.schedule),
         ]
         return [group for group in groups if len(group.index)]
 
@@ -182,7 +170,7 @@ class CudaSolver:
             with self._stream:
                 self._make_room(min(self._engine.room, max(objects, 2 * len(self._frames.psi))))
 
-    def _chunks(self, group: _Group) -> Iterator[npt.NDArray[np.intp]]:
+    def _chunks(self, group: Group) -> Iterator[npt.NDArray[np.intp]]:
         for first in range(0, len(group.index), self._engine.room):
             yield group.index[first : first + self._engine.room]
 
@@ -192,7 +180,7 @@ class CudaSolver:
         slot.landed.record(self._up)
         self._stream.wait_event(slot.landed)
 
-    def _compute(self, slot: _Slot, group: _Group) -> None:
+    def _compute(self, slot: _Slot, group: Group) -> None:
         """Everything that is done to a chunk; nothing here waits."""
         frames, done = self._frames, 0
         row = (I32(self._length), self._width, self._pixels)
@@ -298,73 +286,13 @@ class CudaSolver:
     def _one_block_each(self, name: str, count: int, *arguments: Any) -> None:
         self._kernels[name]((count,), (THREADS,), arguments)
 
-    def _fetch(self, slot: _Slot, told: _Told, first: int, first_arm: int) -> None:
+    def _fetch(self, slot: _Slot, told: Told, first: int, first_arm: int) -> None:
         """Send a chunk's results to their places; returns before they are there."""
         self._down.wait_event(slot.computed)
         for card, host in ((slot.object, told.psi), (slot.object_support, told.support), (slot.numbers, told.numbers)):
             card[: slot.frames].get(stream=self._down, out=host[first : first + slot.frames], blocking=False)
         slot.trial[: slot.arms].get(stream=self._down, out=told.trial[first_arm : first_arm + slot.arms], blocking=False)
         slot.free.record(self._down)
-
-    def _result(
-        self,
-        told: _Told,
-        groups: list[_Group],
-        used: npt.NDArray[np.bool_],
-        flags: npt.NDArray[np.uint32] | None,
-    ) -> Reconstruction:
-        """What the card told, in the order of the call. Frames that are flagged have no numbers."""
-        number = len(used)
-        back = np.argsort(np.concatenate([np.zeros(0, np.intp), *(group.index for group in groups)]))
-        # Nearly always all frames go through the same, and nothing has to be moved.
-        as_it_is = np.array_equal(back, np.arange(number))
-        psi, support = (told.psi, told.support) if as_it_is else (told.psi[back], told.support[back])
-        row = told.numbers if as_it_is else told.numbers[back]
-        done = np.zeros(number, np.intp)
-        for group in groups:
-            done[group.index] = group.schedule.iterations + (self._steps.trial if group.trial else 0)
-        fit = row[:, FLAGS] == 0
-        kept, trial = _arms_of(told.trial, row, groups, used, int(self._pixels))
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            history = row[:, ERRORS + 1 :] / (row[:, PHOTONS, None] * int(self._pixels))
-            history[(np.arange(self._steps.longest) >= done[:, None]) | ~fit[:, None]] = np.nan
-            measured = (
-                row[:, PIXELS] / (4 * row[:, PHOTONS]),
-                row[:, RESIDUAL] / row[:, MODULI],
-                2 * row[:, FREE_SUM] / row[:, FREE_PIXELS],
-            )
-            floor, r_factor, free_llk = (np.where(fit, numbers, np.nan).astype(F32) for numbers in measured)
-        given = np.zeros(number, np.uint32) if flags is None else flags.astype(np.uint32)
-        return Reconstruction(
-            psi=psi,
-            support=support.view(np.bool_),
-            chi2=history[np.arange(number), done - 1].astype(F32),
-            history=history.astype(F32),
-            floor=floor,
-            r_factor=r_factor,
-            free_llk=free_llk,
-            flags=given | row[:, FLAGS].astype(np.uint32),
-            kept=kept,
-            trial=trial,
-        )
-
-
-def _arms_of(
-    misfits: npt.NDArray[np.float64], row: npt.NDArray[np.float64], groups: list[_Group], used: npt.NDArray[np.bool_], pixels: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Which arm of its start each frame kept, and chi2 of every arm after its trial. misfits : of all arms, in the order of the groups."""
-    kept = np.zeros(len(used), np.int32)
-    trial = np.full((len(used), used.shape[1] if used.shape[1] > 1 else 0), np.nan, F32)
-    first = 0
-    for group in groups:
-        for frame in group.index:
-            arms = np.flatnonzero(used[frame])
-            kept[frame] = arms[int(row[frame, KEPT])]
-            if group.trial:
-                with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-                    trial[frame, arms] = misfits[first : first + len(arms)] / (row[frame, PHOTONS] * pixels)
-            first += len(arms)
-    return kept, trial
 
 
 class _Slot:
@@ -415,16 +343,6 @@ class _Slot:
             )
         if len(self.trial) < self.arms:
             self.trial = self._cupy.empty((power_of_two(self.arms),), np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What leaves the card, page-locked, in the order in which it is computed. trial : misfit of every arm."""
-
-    psi: npt.NDArray[np.complex64]
-    support: npt.NDArray[np.uint8]
-    numbers: npt.NDArray[np.float64]
-    trial: npt.NDArray[np.float64]
 
 
 def _rounds(first_arm: npt.NDArray[np.int32], room: int) -> Iterator[tuple[int, int]]:

@@ -72,7 +72,8 @@ def _blur_rows(source, weights, goal):  # type: ignore[no-untyped-def]
     reach = weights.size - 1
     around = np.empty(length + 2 * reach, np.float32)  # a row and its neighbours of the next periods
     for y in range(rows):
-        around[reach : reach + length] = source[y]
+        for x in range(length):  # an assignment of slices brings its error's text along: two seconds of compiling
+            around[reach + x] = source[y, x]
         for x in range(reach):
             around[x], around[reach + length + x] = source[y, (x - reach) % length], source[y, x % length]
         line = goal[y]
