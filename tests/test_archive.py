@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from streamprior.errors import SinkUnavailable
@@ -69,7 +70,7 @@ def make_result(index: int, run: str = "uid-0001-abcdef", salt: int = 0) -> Resu
         unit=index % 5,
         distance=0.25,
         arm="prototype",
-        flags=16,
+        flags=32,
         iou={"ring": 0.9, "core": 0.8},
         iou_previous={"ring": 0.99},
         drift={"flux": float(index)},
@@ -166,7 +167,7 @@ def test_every_number_of_a_result_has_its_column(tmp_path: Path) -> None:
     assert np.isnan(five["detector_time"])
     assert (four["position_x"], four["position_y"]) == (4e-6, 2e-6)
     assert four["chi2"] == 0.04
-    assert (four["arm"], four["unit"], four["flags"]) == ("prototype", 4, 16)
+    assert (four["arm"], four["unit"], four["flags"]) == ("prototype", 4, 32)
     assert (four["iou_ring"], four["iou_core"], four["iou_previous_ring"]) == (0.9, 0.8, 0.99)
     assert np.isnan(four["iou_background"])
     assert four["flux"] == 4.0
@@ -221,6 +222,34 @@ def test_begin_again_continues_the_run(tmp_path: Path) -> None:
     assert (run.about["frames"], run.about["extent"], run.about["status"]) == (5, 10, "running")
     for index in (0, 1, 2, 3, 9):
         np.testing.assert_array_equal(run.classes[index], make_result(index).classes)
+
+
+def test_a_table_that_an_earlier_version_began_is_continued(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, [[0, 1, 5]])
+    part = folder / "frames" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["iou_ring", "arm"]), part, compression="zstd")
+    archive = make_archive(tmp_path)
+    archive.open()
+    archive.begin(make_run())
+    archive.write([make_result(3)])
+    archive.close()
+    frames = read_run(folder).frames
+    assert frames["index"].to_pylist() == [0, 1, 3, 5]
+    assert frames["chi2"].to_pylist() == [0.0, 0.01, 0.03, 0.05]
+    assert frames["arm"].to_pylist() == ["", "", "prototype", ""]
+    assert np.isnan(frames["iou_ring"].to_numpy()).tolist() == [True, True, False, True]
+
+
+def test_frames_that_were_not_refined_have_no_object_whatever_they_carry(archive: Archive, tmp_path: Path) -> None:
+    archive.begin(make_run())
+    archive.write([without(index) for index in range(20)])
+    folder = tmp_path / "disk" / run_key(make_run())
+    assert [path.name for path in (folder / "objects").iterdir()] == ["zarr.json"]
+    archive.write([make_result(9)])
+    run = read_run(folder)
+    np.testing.assert_array_equal(run.objects[9], make_result(9).object)
+    assert np.isnan(np.delete(run.objects, 9, 0)).all()
+    np.testing.assert_array_equal(run.classes[3], make_result(3).classes)
 
 
 def test_two_writers_in_one_archive_are_refused(tmp_path: Path) -> None:
@@ -497,7 +526,7 @@ def test_a_killed_writer_leaves_whole_chunks_and_whole_parts(tmp_path: Path) -> 
         np.testing.assert_array_equal(run.classes[index], make_result(index).classes)
         np.testing.assert_array_equal(run.objects[index], make_result(index).object)
 
-    (folder / "objects" / "c" / "left.partial").write_bytes(b"half a chunk")
+    (folder / "objects" / "left.partial").write_bytes(b"half a chunk")
     grown: list[Path] = []
     archive = Archive(tmp_path, make_prior(), {}, grown.append, DRIFT, 8)
     archive.open()
