@@ -69,7 +69,7 @@ def make_result(index: int, run: str = "uid-0001-abcdef", salt: int = 0) -> Resu
         unit=index % 5,
         distance=0.25,
         arm="prototype",
-        flags=16,
+        flags=32,
         iou={"ring": 0.9, "core": 0.8},
         iou_previous={"ring": 0.99},
         drift={"flux": float(index)},
@@ -166,7 +166,7 @@ def test_every_number_of_a_result_has_its_column(tmp_path: Path) -> None:
     assert np.isnan(five["detector_time"])
     assert (four["position_x"], four["position_y"]) == (4e-6, 2e-6)
     assert four["chi2"] == 0.04
-    assert (four["arm"], four["unit"], four["flags"]) == ("prototype", 4, 16)
+    assert (four["arm"], four["unit"], four["flags"]) == ("prototype", 4, 32)
     assert (four["iou_ring"], four["iou_core"], four["iou_previous_ring"]) == (0.9, 0.8, 0.99)
     assert np.isnan(four["iou_background"])
     assert four["flux"] == 4.0
@@ -497,7 +497,7 @@ def test_a_killed_writer_leaves_whole_chunks_and_whole_parts(tmp_path: Path) -> 
         np.testing.assert_array_equal(run.classes[index], make_result(index).classes)
         np.testing.assert_array_equal(run.objects[index], make_result(index).object)
 
-    (folder / "objects" / "c" / "left.partial").write_bytes(b"half a chunk")
+    (folder / "objects" / "left.partial").write_bytes(b"half a chunk")
     grown: list[Path] = []
     archive = Archive(tmp_path, make_prior(), {}, grown.append, DRIFT, 8)
     archive.open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import random
 import re
 import subprocess
 import sys
@@ -23,10 +24,11 @@ from streamprior.records import Batch, Detector, Flag, Frame, SeriesEnd, SeriesS
 from streamprior.runs import Runs
 from streamprior.stages.prepare import Preparer
 from streamprior.wire import compression
-from streamprior.wire.cbor import MAX_DEPTH, MAX_ITEMS, check
+from streamprior.wire.cbor import MAX_DEPTH, MAX_ITEMS, check, follows, outlined
 from streamprior.wire.compression import compress, decompress
 from streamprior.wire.dectris_v2 import DTYPES, StreamV2Decoder, encode_end, encode_image, encode_start
 from tests.builders import small_prior
+from tests.fuzz.mutate import torn
 
 DATE = datetime.datetime(2026, 3, 1, 12, 0, 0, tzinfo=datetime.UTC)
 
@@ -473,6 +475,100 @@ def test_what_the_walk_refuses_as_cut_short_the_parser_never_reads(message: byte
         if "end too early" in error.detail:
             with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the parser says
                 cbor2.loads(message)
+
+
+def checked(message: bytes) -> bool:
+    try:
+        check(message)
+    except WireError:
+        return False
+    return True
+
+
+def odd_items() -> list[bytes]:
+    """Items that no encoder of ours writes: strings and containers without a length, long byte strings side by side and alone."""
+    parts = b"\x5f\x43abc\x58\x03def\xff", b"\x7f\x61a\x78\x01b\xff", b"\x58\x02ab", b"\x5a\x00\x00\x00\x01a", b"\xf8\x20", b"\xfb12345678"
+    return [
+        *parts,
+        b"\x86" + b"".join(parts),
+        b"\x9f" + b"".join(parts) + b"\xff",
+        b"\xbf\x61a" + parts[0] + b"\x61b" + parts[2] + b"\xff",
+        b"\x00",
+    ]
+
+
+def test_what_follows_a_checked_message_passes_the_check_too() -> None:
+    walked = [*_GOOD.values(), channels(threshold_1=np.ones((24, 24), np.uint16), threshold_2=np.ones((9, 9), np.uint8)), *odd_items()]
+    assert all(map(checked, walked))
+    random_, followed, left = random.Random(1), 0, 0
+    for message in walked:
+        outline = outlined(message)
+        assert outline is not None
+        assert follows(message, outline)
+        assert not follows(b"", outline)
+        for _ in range(2000):
+            other = torn(message, walked, random_)
+            if follows(other, outline):
+                followed += other != message
+                assert checked(other), other.hex()
+            else:
+                left += 1
+    # Were all of them the same, or none, nothing would have been tried.
+    assert followed > 1000
+    assert left > 1000
+
+
+def test_a_long_byte_string_may_have_any_length_and_nothing_else_may_stand_in_its_place() -> None:
+    outline = outlined(b"\x58\x02ab")
+    assert outline is not None
+    for head in range(256):
+        message = bytes([head]) + (2).to_bytes(1 << (head & 7)) + b"ab"
+        assert follows(message, outline) == (0x58 <= head <= 0x5B)
+    assert not follows(b"\x58", outline)
+    assert not follows(b"\x5b" + b"\xff" * 8, outline)
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60))
+@settings(max_examples=2000, deadline=None)
+def test_every_checked_message_follows_itself_and_a_follower_is_one(one: bytes, other: bytes) -> None:
+    if checked(one):
+        outline = outlined(one)
+        assert outline is not None
+        assert follows(one, outline)
+        assert checked(other) or not follows(other, outline)
+
+
+def test_the_images_of_a_series_follow_the_first_of_them() -> None:
+    random_ = np.random.default_rng(3)
+
+    def message(index: int) -> bytes:
+        user_data = {"position_m": [random_.random(), -random_.random()], "origin": index}
+        return encode_image(7, "S7", index, random_.poisson(index % 9, (32, 32)).astype(np.uint16), index / 1e3, DATE, 0.01, user_data)
+
+    outline = outlined(message(2000))
+    assert outline is not None
+    messages = [message(index) for index in range(2001, 2100)]
+    assert len(set(map(len, messages))) > 5
+    assert all(follows(one, outline) for one in messages)
+    assert not follows(encode_end(7, "S7"), outline)
+
+
+def test_a_message_of_very_many_items_is_walked_every_time() -> None:
+    message = cbor2.dumps({"type": "end", "series_id": 7, "user_data": {"a": [0.5] * 10_000}})
+    assert outlined(message) is None
+    decoder = StreamV2Decoder("eiger")
+    assert [decoder.decode(message, 0.0) for _ in range(2)] == [(SeriesEnd("eiger", "7"),)] * 2
+
+
+def test_a_damaged_message_behind_a_good_one_is_refused_as_it_is_alone() -> None:
+    good = image(np.ones((16, 16), np.uint16), 300)
+    for reason, message in ((reason, message) for _, reason, message in (*bad_messages(), *hostile_starts())):
+        decoder = StreamV2Decoder("eiger")
+        for index in range(2):
+            assert isinstance(decoder.decode(good, 0.0)[0], Frame)
+            with pytest.raises(WireError) as caught:
+                decoder.decode(message, float(index))
+            assert caught.value.reason == reason
 
 
 def test_endless_containers_and_strings_are_read_within_the_same_bounds() -> None:

@@ -261,6 +261,68 @@ def test_another_memory_layout_gives_the_same_photons(layout: str) -> None:
     np.testing.assert_array_equal(sp.prepare(other, geometry_prior()).counts, sp.prepare(frames, geometry_prior()).counts)
 
 
+def exact(frame: np.ndarray, prior: Prior, flat: np.ndarray, dark: np.ndarray) -> np.ndarray:
+    """Counts before filling, in float32 and in the order of the detector's rows and columns: to the last bit."""
+    geometry = prior.geometry
+    (height, width), binning = geometry.shape, geometry.binning
+    rows = np.clip(geometry.centre[0] - height // 2 * binning + np.arange(height * binning), 0, DETECTOR[0] - 1)
+    columns = np.clip(geometry.centre[1] - width // 2 * binning + np.arange(width * binning), 0, DETECTOR[1] - 1)
+    photons = np.maximum((frame.astype(np.float32) - dark) * flat, np.float32(0))[np.ix_(rows, columns)]
+    counts = np.zeros(geometry.shape, np.float32)
+    for dy in range(binning):
+        for dx in range(binning):
+            counts += photons[dy::binning, dx::binning]
+    return counts
+
+
+@pytest.mark.parametrize("binning", [1, 2, 3])
+@pytest.mark.parametrize("centre", [(10, 12), (3, 21), (0, 0), (19, 2)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int16, np.int32, np.int64, np.float32, np.float64])
+def test_measured_pixels_are_exact_to_the_last_bit(binning: int, centre: tuple[int, int], dtype: Any) -> None:
+    random = np.random.default_rng(2)
+    frames = random.integers(0, 100, (3, *DETECTOR)).astype(dtype)
+    if np.dtype(dtype).itemsize >= 4:
+        frames[0] = random.integers(0, 2**30, DETECTOR)  # more digits than float32 has
+    flat, dark = random.uniform(0.5, 2, DETECTOR).astype(np.float32), random.uniform(0, 12, DETECTOR).astype(np.float32)
+    prior = geometry_prior(centre, (7, 6), binning)
+    photons = sp.prepare(frames, prior, None, flat, dark)
+    for frame, counts in zip(frames, photons.counts, strict=True):
+        np.testing.assert_array_equal(counts[photons.valid], exact(frame, prior, flat, dark)[photons.valid])
+
+
+def test_a_limit_between_two_counts_parts_them() -> None:
+    own = Corrections(saturation=11.5)
+    for dtype in (np.uint8, np.int16, np.uint32, np.uint64, np.float32):
+        frames = np.full((2, *DETECTOR), 11, dtype)
+        frames[1, 10, 12] = 12
+        photons = photons_of(geometry_prior(), frames, own)
+        assert np.argwhere(~photons.valid).tolist() == [[1, 4, 3]]
+        assert photons.flags.tolist() == [0, Flag.SATURATED]
+
+
+def test_a_crop_beside_the_detector_holds_nothing() -> None:
+    for centre in ((40, 12), (10, 60), (-30, -30)):
+        photons = sp.prepare(stack(), geometry_prior(centre))
+        assert not photons.valid.any()
+        assert not photons.counts.any()
+        assert (photons.flags == Flag.EMPTY).all()
+
+
+def test_frames_of_one_batch_may_differ_in_dtype_and_in_their_bad_pixels() -> None:
+    dtypes = (np.float64, np.uint16, np.uint16, np.uint16, np.float32, np.uint16)
+    frames = [frame.astype(dtype) for frame, dtype in zip(stack(len(dtypes)), dtypes, strict=True)]
+    for number, (row, column) in {1: (10, 12), 2: (10, 12), 3: (9, 11), 5: (10, 12)}.items():
+        frames[number][row, column] = 65535
+    batch = Batch(make_run(shape=DETECTOR), tuple(make_frame(frame, index) for index, frame in enumerate(frames)))
+    together = Preparer(geometry_prior())(batch).photons
+    assert together is not None
+    for number, frame in enumerate(frames):
+        alone = sp.prepare(frame, geometry_prior())
+        np.testing.assert_array_equal(together.counts[number], alone.counts[0])
+        np.testing.assert_array_equal(together.valid[number], alone.valid.reshape(alone.counts[0].shape))
+        assert together.flags[number] == alone.flags[0]
+
+
 def test_frames_are_left_as_they_were() -> None:
     frames = stack()
     before = frames.copy()

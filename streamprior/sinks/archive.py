@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,10 +23,10 @@ import zarr
 
 from streamprior.errors import SinkUnavailable
 from streamprior.prior import Prior
-from streamprior.records import NOT_MEASURED, MosaicImage, Positions, Result, RunEnded, RunStarted
-from streamprior.sinks.chunks import FrameArray, Layout
+from streamprior.records import NOT_MEASURED, Flag, MosaicImage, Positions, Result, RunEnded, RunStarted
+from streamprior.sinks.chunks import FrameArray, Layout, replace_whole
 from streamprior.sinks.mosaic_file import MOSAIC_FILE, summary, write_mosaic
-from streamprior.sinks.rows import FrameTable, frame_row, frames_schema, located, read_table
+from streamprior.sinks.rows import FrameTable, read_table
 
 log = structlog.get_logger(__name__)
 
@@ -40,8 +39,7 @@ ENDED_RUNS = 16
 LATE_POSITIONS = 100_000
 """Positions of a run that are kept for frames whose rows are still to come, or come again: 10 MB, the newest."""
 
-_IMAGE_OF = {"classes": attrgetter("classes"), "objects": attrgetter("object")}
-"""Array of a run -> what of a result goes into it."""
+_NOT_REFINED = int(Flag.NOT_REFINED)  # an int: `&` on the enum itself takes a microsecond
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk",
@@ -58,12 +56,16 @@ _REMEDIES = {
 
 @dataclass
 class _Run:
-    """What the archive owns of one open run. `about` is the content of run.json, `late` the positions that came by themselves."""
+    """What the archive owns of one open run. `about` is the content of run.json, `late` the positions that came by themselves.
+
+    constant : text of what does not change from write to write in run.json; "" where that is to be made again.
+    """
 
     folder: Path
     arrays: Mapping[str, FrameArray]
     frames: FrameTable
     about: dict[str, Any]
+    constant: str = ""
     late: OrderedDict[int, tuple[float, float]] = field(default_factory=OrderedDict)
 
 
@@ -140,7 +142,7 @@ class Archive:
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             arrays = {layout.name: FrameArray(folder / layout.name, layout, run.expected) for layout in self._layouts}
-            frames = FrameTable(folder / "frames", frames_schema(self._class_names, self._drift_columns))
+            frames = FrameTable(folder / "frames", self._class_names, self._drift_columns)
             about = self._about(run) | {"frames": frames.rows, "extent": frames.extent}
             before = read_about(folder) if (folder / RUN_FILE).exists() else {}
             about |= {"mosaic": before["mosaic"]} if "mosaic" in before else {}
@@ -163,14 +165,13 @@ class Archive:
         for uid, part in by_run.items():
             run = self._runs[uid]
             with _disk(run.folder):
-                # zarr makes missing folders; on an unmounted disk that would fill the mount point, without a word.
+                # zarr makes missing folders when it lengthens an array; on an unmounted disk that would fill the mount point unnoticed.
                 (run.folder / RUN_FILE).stat()
                 indices = [result.index for result in part]
                 for name, array in run.arrays.items():
-                    array.write(indices, [_IMAGE_OF[name](result) for result in part])
-                run.frames.write([self._row(run, result, published) for result in part])
-                run.about |= {"frames": run.frames.rows, "extent": max(run.about["extent"], max(indices) + 1)}
-                _replace_json(run.folder / RUN_FILE, run.about)
+                    array.write(indices, [_image(name, result) for result in part])
+                run.frames.write(part, published, run.late)
+                _count(run, run.frames.rows, max(run.about["extent"], max(indices) + 1))
             self._growth(run.folder)
 
     def note(self, item: Positions | MosaicImage) -> None:
@@ -195,6 +196,8 @@ class Archive:
             about = read_about(folder) if run is None else run.about
             write_mosaic(item, folder / MOSAIC_FILE, _origin_of(about))
             about["mosaic"] = summary(item)
+            if run is not None:
+                run.constant = ""
             _replace_json(folder / RUN_FILE, about)
         self._growth(folder)
 
@@ -235,11 +238,6 @@ class Archive:
             found = run.frames.locate(item.positions)
         if found:
             self._growth(run.folder)
-
-    def _row(self, run: _Run, result: Result, published: float) -> tuple[Any, ...]:
-        row = frame_row(result, published, self._class_names, self._drift_columns)
-        place = run.late.get(result.index)
-        return row if place is None else located(row, place)
 
     def _about(self, run: RunStarted) -> dict[str, Any]:
         return {
@@ -332,10 +330,30 @@ def claim(folder: Path) -> IO[bytes]:
     return lock
 
 
+def _image(name: str, result: Result) -> npt.NDArray[Any] | None:
+    """What of a result goes into an array of a run; None where its object was not made."""
+    if name == "classes":
+        return result.classes
+    return None if result.flags & _NOT_REFINED else result.object
+
+
+def _count(run: _Run, frames: int, extent: int) -> None:
+    """Bring the counts in run.json up to date. The rest, which holds the whole configuration, is made into text only when it changes."""
+    counts = {"frames": frames, "extent": extent}
+    if counts.items() <= run.about.items():
+        return
+    if not run.constant:
+        run.constant = _text({key: value for key, value in run.about.items() if key not in counts}).removesuffix("\n}")
+    replace_whole(run.folder / RUN_FILE, f"{run.constant},{_text(counts).removeprefix('{')}".encode())
+    run.about |= counts
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
 def _replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False))
-    partial.replace(path)
+    replace_whole(path, _text(content).encode())
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,8 @@ and time in proportion to its length, with any version of the parser.
 
 from __future__ import annotations
 
+import struct
+
 from streamprior.errors import WireError
 
 MAX_DEPTH = 40
@@ -36,6 +38,17 @@ def _reads(head: int) -> tuple[int, int]:
         return 1 + following, 0
     return 1 + following, major
 
+
+_LONG_BYTES = 0x58
+"""Of the four heads of a byte string whose length stands in 1, 2, 4 or 8 bytes behind it, the first."""
+
+_MOST_HEADS = 200
+"""Of a message that is outlined; an image has 40 to 60, a start message 100. It bounds what ever different messages cost."""
+
+_Part = tuple[struct.Struct, tuple[bytes, ...], bool]
+Outline = tuple[_Part, ...]
+"""A checked message between its long byte strings: where heads and lengths stand, what they are, whether a long byte string follows. All
+that `check` looks at is in it; texts, numbers and bytes are not."""
 
 _NO_KEY = [head >> 5 != _TEXT and head != _STOP for head in range(256)]
 _LENGTH, _KIND = zip(*(_reads(head) for head in range(256)), strict=True)
@@ -105,3 +118,59 @@ def _string(message: bytes, at: int, kind: int, endless: bool, count: int, budge
             at, budget = _string(message, at, kind, False, count, budget)
         budget -= 1
     return at + 1, budget
+
+
+def outlined(message: bytes) -> Outline | None:
+    """The outline of a message that passed `check`; None where it has too many strings and numbers to be worth it.
+
+    In a checked message nesting need not be followed: its items stand one behind another, and each head says where the next one is.
+    """
+    parts: list[_Part] = []
+    at = part = heads = 0
+    layout = ""
+    for _ in range(_MOST_HEADS):
+        if at == len(message):
+            return (*parts, _part(message, part, f"{layout}{at - heads}s", False))
+        major, low = message[at] >> 5, message[at] & 31
+        following = 1 << (low - 24) if 24 <= low < 28 else 0
+        begin = at + 1 + following
+        if major in (_BYTES, _TEXT) and low != _ENDLESS:
+            count = int.from_bytes(message[at + 1 : begin]) if following else low
+            if major == _BYTES and following:
+                parts.append(_part(message, part, f"{layout}{at - heads}s", True))
+                layout, part = "", begin + count
+            else:
+                layout += f"{begin - heads}s{count}x"
+            at = heads = begin + count
+        elif following and major not in (_ARRAY, _MAP, _TAG):
+            layout += f"{at + 1 - heads}s{following}x"
+            at = heads = begin
+        else:
+            at = begin
+    return None
+
+
+def follows(message: bytes, outline: Outline) -> bool:
+    """Whether a message has the same heads at the same places as the outlined one, but for the lengths of long byte strings.
+
+    It passes `check` then, because the one that was outlined did, and takes a tenth of the time. The images of a series follow the first of
+    them, until a number grows by a byte. A message that does not follow is no worse: it has to be walked.
+    """
+    at = 0
+    for heads, expected, bytes_follow in outline:
+        end = at + heads.size
+        if end > len(message) or heads.unpack_from(message, at) != expected:
+            return False
+        if not bytes_follow:
+            return end == len(message)
+        width = message[end] - _LONG_BYTES if end < len(message) else -1
+        if not 0 <= width < 4:
+            return False
+        at = end + 1 + (1 << width)
+        at += int.from_bytes(message[end + 1 : at])
+    return False
+
+
+def _part(message: bytes, at: int, layout: str, bytes_follow: bool) -> _Part:
+    heads = struct.Struct(layout)
+    return heads, heads.unpack_from(message, at), bytes_follow

@@ -117,10 +117,11 @@ def _unshuffle(payload: bytes, block_bytes: int, dtype: np.dtype[Any], shape: tu
 
 def _end_of_blocks(payload: bytes, blocks: int) -> int:
     """Where that many blocks end; behind the payload, or -1, where they do not fit."""
-    at, length_at = _HEADER.size, _LENGTH.unpack_from
+    at, length_at = _HEADER.size, _LENGTH.unpack_from  # 2,000 blocks in a large frame
     try:
         for _ in range(blocks):
-            at += _LENGTH.size + length_at(payload, at)[0]
+            (length,) = length_at(payload, at)
+            at += length + 4
     except struct.error:
         return -1
     return at
