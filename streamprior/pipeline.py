@@ -187,7 +187,7 @@ class Pipeline:
         while message is not None:
             drained.append(Received(message, time.time(), wire))
             room -= drained[-1].nbytes
-            if len(drained) == _MOST or room < 0 or time.monotonic() > until:
+            if len(drained) == _MOST or room < 0 or time.monotonic() > until or wire.source.exhausted:
                 return
             message = wire.source.receive(0)
 
