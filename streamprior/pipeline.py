@@ -35,10 +35,10 @@ _BEAT_S = 0.1
 _GRACE_S = 0.5
 """How long a stop goes on taking what the socket holds."""
 
-_MOST = 64
+_MOST = 256
 """Items that a room takes at once: waking the next room for each of them costs more than what is done to it."""
 
-_GATHER_S = 0.001
+_GATHER_S = 0.003
 """How long messages, and decoded frames, gather before they go on; large ones, which take longer each, go on one by one."""
 
 _DRAIN_BYTES = 2**20

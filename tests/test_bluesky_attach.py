@@ -6,7 +6,7 @@ import json
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ class Seen:
 
     def begin(self, run: RunStarted) -> None: ...
 
-    def __call__(self, result: Result) -> Result:
-        self.results.append(result)
-        return result
+    def __call__(self, results: Sequence[Result]) -> list[Result]:
+        self.results += results
+        return list(results)
 
 
 @pytest.fixture(autouse=True)

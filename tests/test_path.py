@@ -261,7 +261,7 @@ def test_leaving_before_the_path_is_empty_counts_what_was_left_behind() -> None:
 
 
 def test_messages_that_nobody_has_read_yet_are_counted_when_the_path_is_left() -> None:
-    messages = series(diffraction(count=100))
+    messages = series(diffraction(count=300))
     house = House(messages, [Kept()])
     house.path.rooms()["receive"]()
     assert 0 < len(house.path.received) < len(messages), "so many go on together"
