@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 
 from streamprior import __version__
+from streamprior.arrays import check_backend
 from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
@@ -89,7 +90,9 @@ def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = N
     page = LivePage(prior)
     names = [*(sink.name for sink in sinks), "page", "prometheus", *(["mosaic"] if config.recipe == "ptycho" else [])]
     meters = Meters(config.source.name, recipe.stage_names, names, prior.class_names, recipe.signals)
-    meters.build_info(version=__version__, prior=prior.content_hash, configuration=config.content_hash, device=device())
+    meters.build_info(
+        version=__version__, prior=prior.content_hash, configuration=config.content_hash, device=device(config.compute.backend)
+    )
     outboxes = [Outbox(sink, config.queues.outbox_mb * _MIB, ledger, meters) for sink in sinks if sink.complete]
     # A live sink holds no more than a few results: it shows the newest.
     shown: list[Sink] = [*live, page, Prometheus(meters)]
@@ -282,7 +285,7 @@ def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[dict[str, Mirr
         "configuration_hash": config.content_hash,
         "version": __version__,
         "recipe": config.recipe,
-        "device": device(),
+        "device": device(config.compute.backend),
     }
     mirrors: dict[str, Mirror] = {}
     live: list[Sink] = []
@@ -322,9 +325,9 @@ def _bytes_of(outbox: Outbox) -> Callable[[], int]:
     return lambda: outbox.mailbox.nbytes
 
 
-def device() -> str:
+def device(backend: str) -> str:
     """What computed: part of every result's provenance."""
-    return f"cpu {platform.machine()} {platform.processor() or ''}".strip()
+    return f"{check_backend(backend, ('cpu', 'cuda'))} {platform.machine()} {platform.processor() or ''}".strip()
 
 
 def configure_logging(settings: LogSettings) -> None:
@@ -338,5 +341,5 @@ def configure_logging(settings: LogSettings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(settings.level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=os.fdopen(os.dup(2), "w", buffering=1)),
+        logger_factory=structlog.PrintLoggerFactory(file=open(2, "w", buffering=1, closefd=False)),  # noqa: SIM115 - as long as the process
     )

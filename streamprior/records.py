@@ -334,7 +334,7 @@ class Batch:
 class Result:
     """What became of one frame: the unit that sinks write.
 
-    classes : (H, W) uint8. object : (h, w) complex64, cropped to the prior's object box.
+    classes : (H, W) uint8. object : (h, w) complex64, cropped to the prior's object box; not archived where flags say NOT_REFINED.
     counts : (H, W) float32, the prepared frame (for the live page; the archive does not keep it).
     unit, arm : start that was kept, its prototype's number and its name (prototype, flat, none). distance : of the nearest prototype, kept
         or not.

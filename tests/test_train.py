@@ -294,7 +294,7 @@ def test_a_good_rocking_curve_raises_no_alarm_on_frames_the_prior_never_saw(grow
     recipe = make_recipe(prior, iterations=50)
     watch = recipe.watches()[0]
     frames = [make_frame(counts, i) for i, counts in enumerate(unseen)]
-    alarmed = {result.index: result.alarms for result in map(watch, think(recipe.stages(), prior, make_run(), frames)) if result.alarms}
+    alarmed = {result.index: result.alarms for result in watch(think(recipe.stages(), prior, make_run(), frames)) if result.alarms}
     assert not alarmed
 
 
