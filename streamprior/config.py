@@ -269,7 +269,7 @@ class ComputeSettings(_Room):
     compares what the card makes of two frames with what the CPU does, and does not start where they differ."""
     batch_frames: Annotated[int, Field(gt=0, le=1024)] = 64
     """Most frames a worker takes at once. It takes what is there: idle, that is one, and costs no latency."""
-    batch_s: Annotated[float, Field(gt=0)] = 0.005
+    batch_s: Annotated[float, Field(gt=0)] = 0.02
     """Seconds that a batch should take at most: what batches add to the latency. A frame that takes longer by itself goes alone."""
 
 
