@@ -215,7 +215,7 @@ class _Worker:
         return True
 
     def _limit(self) -> int:
-        """Frames that are computed in `batch_s`, by the last ones: hundreds that are only classified, one that is refined."""
+        """Frames that are computed in `batch_s`, by the last ones: dozens that are only classified, a few that are refined."""
         crew = self._crew
         return max(1, min(crew._batch_frames, int(crew._batch_s / self._each_s)))
 

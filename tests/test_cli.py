@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import structlog
 import zmq
 from typer.testing import CliRunner, Result
 
@@ -31,6 +32,13 @@ from tests.builders import diffraction, small_prior
 from tests.test_daemon import free_port
 
 COMMANDS = ("demo", "run", "check", "replay", "twin", "train", "evaluate", "export", "ledger", "bench")
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[None]:
+    """Some commands set the log of this process up; what is tested behind them hears of warnings again."""
+    yield
+    structlog.reset_defaults()
 
 
 def streamprior(*words: object) -> Result:
