@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba.extending import intrinsic
 
@@ -81,3 +83,25 @@ def call(typing, function, argument):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return numba.types.void(function, argument), code
+
+
+@intrinsic
+def _pointer(typing, address, like):  # type: ignore[no-untyped-def]
+    def code(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return numba.types.CPointer(like.dtype)(address, like), code
+
+
+@inlined
+def array_at(address, shape, like):  # type: ignore[no-untyped-def]
+    """Inside a kernel: the C-contiguous array of this shape at the address, of the pixels' type of the array `like`."""
+    return numba.carray(_pointer(address, like), shape)
+
+
+def addresses(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint64]:
+    """(N,), where the arrays lie: a kernel reads many that are not side by side in one call, which gives up the interpreter once.
+
+    They must be C-contiguous, and the caller must hold them until the kernel is done.
+    """
+    return np.array([array.__array_interface__["data"][0] for array in arrays], np.uint64)

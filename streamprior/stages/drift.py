@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
-from streamprior.jit import kernel
+from streamprior.jit import addresses, array_at, inlined, kernel
 from streamprior.prior import Prior
 from streamprior.records import NOT_MEASURED, Flag, Result, RunStarted
 
@@ -20,9 +19,6 @@ log = structlog.get_logger(__name__)
 
 _FAINT = 0.9
 """Part of the faintest training frame's flux: photon noise alone may take a frame as faint as that one below it."""
-
-_TOGETHER_BYTES = 4 * 2**20
-"""Of frames that are compared in one call."""
 
 NOTHING = (0.0, 0.0)
 """Baseline of what no training frame has."""
@@ -55,19 +51,20 @@ class MaskNumbers:
 
 
 def mask_numbers(
-    ids: npt.NDArray[np.uint8],
-    counts: npt.NDArray[np.float32],
+    ids: Sequence[npt.NDArray[np.uint8]],
+    counts: Sequence[npt.NDArray[np.float32]],
     reference: npt.NDArray[np.uint8],
     previous: npt.NDArray[np.uint8],
     classes: int,
 ) -> MaskNumbers:
     """Compare class maps with a reference and each with the one before it, over the pixels that are measured in both.
 
-    ids : (B, H, W), NOT_MEASURED is left out. counts : (B, H, W). reference : (H, W). previous : (H, W), the map before the first.
+    ids : B maps (H, W), NOT_MEASURED is left out. counts : B frames (H, W). reference : (H, W). previous : the map before the first.
     """
+    ids, counts = [np.ascontiguousarray(one) for one in ids], [np.ascontiguousarray(one) for one in counts]
     table = np.zeros((len(ids), 5, classes), np.int64)
     sums = np.zeros((len(ids), 5))
-    _compare_all(ids, counts, reference, previous, table, sums)
+    _compare_all(addresses(ids), addresses(counts), reference, previous, table, sums)
     size, both, either, both_previous, either_previous = np.moveaxis(table, 1, 0)
     rows, columns, core, photons, measured = sums.T
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -109,18 +106,10 @@ class DriftWatch:
         self._contrary = {}
 
     def __call__(self, results: Sequence[Result]) -> list[Result]:
-        # Frames side by side in memory, for one call of the kernel: giving up and taking back the interpreter for each would cost more.
-        # Large ones are not copied; for them it costs nothing.
-        together = max(1, _TOGETHER_BYTES // max(1, results[0].counts.nbytes)) if results else 1
-        seen: list[Result] = []
-        for first in range(0, len(results), together):
-            seen += self._see(results[first : first + together])
-        return seen
-
-    def _see(self, results: Sequence[Result]) -> list[Result]:
         names = self._prior.class_names
-        ids, counts = (_stacked([result.classes for result in results]), _stacked([result.counts for result in results]))
-        numbers = mask_numbers(ids, counts, self._prior.reference, ids[0] if self._previous is None else self._previous, len(names))
+        ids = [result.classes for result in results]
+        before = ids[0] if self._previous is None else self._previous
+        numbers = mask_numbers(ids, [result.counts for result in results], self._prior.reference, before, len(names))
         self._previous = results[-1].classes
         values = np.column_stack([numbers.flux, numbers.centre_row, numbers.centre_column, numbers.fraction])
         scores = self._scores(values, results)
@@ -179,10 +168,6 @@ class DriftWatch:
         return tuple(signal for signal in score if signal in self._on)
 
 
-def _stacked(maps: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    return np.stack(maps) if len(maps) > 1 else maps[0][None]
-
-
 def _baselines(prior: Prior, names: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and standard deviation of each signal; NaN without a baseline. One without spread still gives a finite score."""
     known = {**prior.baselines, "chi2": prior.baselines.get("chi2_over_floor"), "prior_distance": prior.baselines.get("distance")}
@@ -199,8 +184,17 @@ _HOLE = np.uint8(NOT_MEASURED)
 
 @kernel
 def _compare_all(ids, counts, reference, previous, table, sums):  # type: ignore[no-untyped-def]
-    for b in range(ids.shape[0]):
-        _compare(ids[b], counts[b], reference, ids[b - 1] if b > 0 else previous, table[b], sums[b])
+    """ids, counts: addresses of B maps and of B frames. previous: the map before the first."""
+    pixels = np.empty((0, 0), np.float32)
+    before = previous
+    for b in range(ids.size):
+        own = array_at(ids[b], reference.shape, reference)
+        _compare(own, array_at(counts[b], reference.shape, pixels), reference, before, table[b], sums[b])
+        before = own
+
+
+_LINE = 128
+"""Pixels that are counted in bytes, 64 to an instruction, before the counts could overflow."""
 
 
 @kernel
@@ -209,36 +203,41 @@ def _compare(ids, counts, reference, previous, table, sums):  # type: ignore[no-
 
     A pass a class with sums of comparisons, which vectorises; counting each pixel into its own cell is one pass but ten times slower.
     """
-    for k in range(table.shape[1]):
-        name = np.uint8(k)  # compared as bytes, 32 to an instruction
-        for y in range(ids.shape[0]):
-            own, one, two = ids[y], reference[y], previous[y]
-            size = both_one = either_one = both_two = either_two = np.int32(0)
-            for x in range(own.size):
-                here, first, second = own[x] == name, one[x] == name, two[x] == name
-                measured = own[x] != _HOLE
-                size += here
-                both_one += here & first
-                both_two += here & second
-                either_one += (here & (one[x] != _HOLE)) | (first & measured)
-                either_two += (here & (two[x] != _HOLE)) | (second & measured)
-            table[0, k] += size
-            table[1, k] += both_one
-            table[2, k] += either_one
-            table[3, k] += both_two
-            table[4, k] += either_two
     for y in range(ids.shape[0]):
-        own = ids[y]
-        core = across = measured = np.int32(0)
-        photons = np.float32(0)
-        for x in range(own.size):
-            inside = np.int32(own[x] == np.uint8(0))
-            core += inside
-            across += inside * np.int32(x)
-            measured += own[x] != _HOLE
-            photons += counts[y, x] if own[x] != _HOLE else np.float32(0)
-        sums[0] += y * core
-        sums[1] += across
-        sums[2] += core
-        sums[3] += photons
-        sums[4] += measured
+        for first in range(0, ids.shape[1], _LINE):
+            here = slice(first, min(first + _LINE, ids.shape[1]))
+            own, light = ids[y, here], counts[y, here]
+            for k in range(table.shape[1]):
+                _compare_line(own, reference[y, here], previous[y, here], np.uint8(k), table[:, k])
+            core = measured = np.uint8(0)
+            for x in range(own.size):
+                core = np.uint8(core + np.uint8(own[x] == np.uint8(0)))
+                measured = np.uint8(measured + np.uint8(own[x] != _HOLE))
+            across, photons = np.int32(0), np.float32(0)
+            for x in range(own.size):
+                across += np.int32(x) if own[x] == np.uint8(0) else np.int32(0)
+                photons += light[x] if own[x] != _HOLE else np.float32(0)
+            sums[0] += y * np.int64(core)
+            sums[1] += first * np.int64(core) + across
+            sums[2] += core
+            sums[3] += photons
+            sums[4] += measured
+
+
+@inlined
+def _compare_line(own, one, two, name, column):  # type: ignore[no-untyped-def]
+    size = both_one = either_one = both_two = either_two = np.uint8(0)
+    for x in range(own.size):
+        here, first, second = own[x] == name, one[x] == name, two[x] == name
+        measured = own[x] != _HOLE
+        # Cut to a byte at every step, as Python's + would make it 8.
+        size = np.uint8(size + np.uint8(here))
+        both_one = np.uint8(both_one + np.uint8(here & first))
+        both_two = np.uint8(both_two + np.uint8(here & second))
+        either_one = np.uint8(either_one + np.uint8((here & (one[x] != _HOLE)) | (first & measured)))
+        either_two = np.uint8(either_two + np.uint8((here & (two[x] != _HOLE)) | (second & measured)))
+    column[0] += size
+    column[1] += both_one
+    column[2] += either_one
+    column[3] += both_two
+    column[4] += either_two

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scipy.ndimage import distance_transform_edt
 
 from streamprior.config import PrepareSettings
 from streamprior.errors import ConfigError, WireError
-from streamprior.jit import kernel
+from streamprior.jit import addresses, array_at, kernel
 from streamprior.prior import Geometry, Prior
 from streamprior.records import Batch, Detector, Flag, Photons
 
@@ -201,28 +202,29 @@ class _Region:
 
     def photons(self, frames: Sequence[npt.NDArray[Any]]) -> Photons:
         counts = np.empty((len(frames), *self._shape), np.float32)
-        flags = np.zeros(len(frames), np.uint32)
+        found = np.empty(len(frames), np.uint32)
+        at = 0
+        for dtype, alike in groupby(frames, key=lambda frame: frame.dtype):  # one, unless the frames are of several series
+            readable, limit = _reading(dtype, self._saturation)
+            raw = [np.ascontiguousarray(frame, readable) for frame in alike]
+            part = slice(at, at + len(raw))
+            places = (addresses(raw), raw[0].shape, np.empty(0, readable))
+            corrections = (self._dark, self._flat, self._valid_wide, self._holes, self._nearest)
+            _prepare_all(*places, self._top, self._left, limit, *corrections, counts[part], found[part])
+            at = part.stop
+        flags = np.where(found & _LIT, 0, Flag.EMPTY).astype(np.uint32)
         own_valid: dict[int, npt.NDArray[np.bool_]] = {}
-        dtype: np.dtype[Any] | None = None
-        for i, frame in enumerate(frames):
-            if frame.dtype is not dtype:
-                dtype = frame.dtype
-                readable, limit = _reading(dtype, self._saturation)
-            raw = frame.astype(readable, copy=False)
-            found = _prepare(
-                raw, self._top, self._left, limit, self._dark, self._flat, self._valid_wide, self._holes, self._nearest, counts[i]
-            )
-            if found & _UNMEASURED:
-                own_valid[i], flags[i] = self._without(raw, limit, counts[i])
-            elif not found & _LIT:
-                flags[i] = Flag.EMPTY
+        for i in np.flatnonzero(found & _UNMEASURED).tolist():
+            own_valid[i], flags[i] = self._without(frames[i], counts[i])
         valid = self._valid
         if own_valid:
             valid = np.stack([own_valid.get(i, self._valid) for i in range(len(frames))])
         return Photons(counts, valid, flags, self._valid)
 
-    def _without(self, raw: npt.NDArray[Any], limit: Any, counts: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.bool_], int]:
+    def _without(self, frame: npt.NDArray[Any], counts: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.bool_], int]:
         """(valid pixels, flags) of a frame that has unmeasured pixels of its own, which are filled in place."""
+        readable, limit = _reading(frame.dtype, self._saturation)
+        raw = frame.astype(readable, copy=False)
         height, width = self._valid_wide.shape
         inside = (
             slice(max(0, -self._top), min(height, raw.shape[0] - self._top)),
@@ -268,6 +270,14 @@ def _neighbours(valid: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.intp], npt
 
 
 _UNMEASURED, _LIT = 1, 2
+
+
+@kernel
+def _prepare_all(places, shape, like, top, left, limit, dark, flat, valid, holes, nearest, counts, found):  # type: ignore[no-untyped-def]
+    """places: addresses of frames of this shape and of the type of `like`. found: what `_prepare` says of each."""
+    for b in range(places.size):
+        raw = array_at(places[b], shape, like)
+        found[b] = _prepare(raw, top, left, limit, dark, flat, valid, holes, nearest, counts[b])
 
 
 @kernel

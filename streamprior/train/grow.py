@@ -243,7 +243,7 @@ def _unseen(one: Photons, own: npt.NDArray[np.intp], prior: Prior, nearest: Near
 
 def _mask_baselines(photons: Photons, classes: Classes, prior: Prior) -> Pairs:
     number = len(prior.class_names)
-    numbers = mask_numbers(classes.ids, photons.counts, prior.reference, classes.ids[0], number)
+    numbers = mask_numbers(list(classes.ids), list(photons.counts), prior.reference, classes.ids[0], number)
     pairs = {"centre_row": _pair(numbers.centre_row), "centre_column": _pair(numbers.centre_column)}
     for k, name in enumerate(prior.class_names):
         pairs[f"fraction_{name}"] = _pair(numbers.fraction[:, k])
