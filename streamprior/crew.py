@@ -185,6 +185,10 @@ class ThreadCrew:
                 self._sequencer.close()
 
 
+_UNDIVIDED_S = 0.001
+"""What takes less is not divided between workers: a batch has a price of its own, and so has waking the other."""
+
+
 class _Worker:
     """One thread's part of a crew: takes jobs of one run, thinks, hands the results to the sequencer."""
 
@@ -198,7 +202,7 @@ class _Worker:
         crew = self._crew
         if self._stages is None:
             self._stages = crew._factory()
-        jobs = crew._inbox.take(self._limit(), takers=crew._number)
+        jobs = crew._inbox.take(self._in(crew._batch_s, crew._batch_frames), takers=crew._number, at_least=self._in(_UNDIVIDED_S))
         if jobs is None:
             crew._worker_left()
             return False
@@ -214,10 +218,9 @@ class _Worker:
             crew._sequencer.put([(job.ticket, result) for job, result in zip(mine, results, strict=True)])
         return True
 
-    def _limit(self) -> int:
-        """Frames that are computed in `batch_s`, by the last ones: dozens that are only classified, a few that are refined."""
-        crew = self._crew
-        return max(1, min(crew._batch_frames, int(crew._batch_s / self._each_s)))
+    def _in(self, seconds: float, most: float = math.inf) -> int:
+        """Frames that are computed in so many seconds, by the last ones: dozens that are only classified, one that is refined."""
+        return int(max(1, min(most, seconds / self._each_s)))
 
     def _learn(self, each_s: float) -> None:
         # Over some batches, so that one that another process held up does not halve the next.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, Literal, Protocol, TypeVar
@@ -45,7 +44,10 @@ class Mailbox(Generic[T]):
         self._items: deque[tuple[T, int]] = deque()  # with their sizes: working one out twice costs as much as the rest
         self._bytes = 0
         self._closed = False
-        self._changed = threading.Condition()
+        self._wanted = 1  # so many items, and the other room is woken
+        lock = threading.Lock()
+        # Two, so that an item that goes out wakes nobody who waits for one to come in.
+        self._filled, self._emptied = threading.Condition(lock), threading.Condition(lock)
 
     @property
     def nbytes(self) -> int:
@@ -65,51 +67,53 @@ class Mailbox(Generic[T]):
     def put_all(self, items: Iterable[T]) -> None:
         """Hand items over in their order, waking the other room once: at thousands a second its waking costs more than the items."""
         losers: list[T] = []
-        with self._changed:
+        with self._filled:
             for item in items:
                 self._put(item, item.nbytes, losers)
-            self._changed.notify_all()
+            if len(self._items) >= self._wanted or self._bytes >= self._budget:
+                self._filled.notify()
         for loser in losers:
             self._dropped(loser)
 
-    def take(self, limit: int, linger_s: float = 0.0, timeout_s: float | None = None, takers: int = 1) -> list[T] | None:
-        """Up to `limit` items, oldest first, and no more than one's share where several take.
+    def take(self, limit: int, linger_s: float = 0.0, timeout_s: float | None = None, takers: int = 1, at_least: int = 1) -> list[T] | None:
+        """Up to `limit` items, oldest first, and where several take no more than one's share, or `at_least`.
 
         Waits for the first one (at most `timeout_s`, then returns an empty list); once there is one, waits up to `linger_s` for the
         batch to fill. None when the mailbox is closed and empty: the room upstream has left.
         """
-        with self._changed:
+        with self._filled:
             if not self._items:
-                self._changed.wait_for(lambda: self._items or self._closed, timeout_s)
+                self._filled.wait_for(lambda: self._items or self._closed, timeout_s)
             if not self._items:
                 return None if self._closed else []
-            if linger_s > 0 and len(self._items) < limit and not self._closed:
-                deadline = time.monotonic() + linger_s
-                self._changed.wait_for(
-                    lambda: len(self._items) >= limit or self._closed or self._bytes >= self._budget, max(0, deadline - time.monotonic())
-                )
+            if linger_s > 0 and not self._plenty(limit):
+                self._wanted = limit
+                self._filled.wait_for(lambda: self._plenty(limit), linger_s)
+                self._wanted = 1
             batch = []
-            for _ in range(min(limit, -(-len(self._items) // takers))):
+            for _ in range(min(limit, max(at_least, -(-len(self._items) // takers)), len(self._items))):
                 item, nbytes = self._items.popleft()
                 self._bytes -= nbytes
                 batch.append(item)
-            self._changed.notify_all()
+            if self._items:
+                self._filled.notify()  # the next who takes
+            self._emptied.notify_all()
             return batch
 
     def close(self) -> None:
         """No further items; what is inside can still be taken."""
-        with self._changed:
+        with self._filled:
             self._closed = True
-            self._changed.notify_all()
+            self._wake_all()
 
     def abort(self) -> None:
         """Close and empty at once; what was inside counts as dropped."""
-        with self._changed:
+        with self._filled:
             self._closed = True
             losers = [item for item, _ in self._items]
             self._items.clear()
             self._bytes = 0
-            self._changed.notify_all()
+            self._wake_all()
         for loser in losers:
             self._dropped(loser)
 
@@ -117,8 +121,8 @@ class Mailbox(Generic[T]):
         """One item, with the lock held; what is left out for it, or it itself, joins the losers."""
         if self._policy == "block" or not self._droppable(item):
             while self._full(nbytes) and not self._closed and not self._make_room(nbytes, losers):
-                self._changed.notify_all()  # of what this call has put in already
-                self._changed.wait()
+                self._filled.notify()  # of what this call has put in already
+                self._emptied.wait()
         elif self._policy == "drop_oldest":
             self._make_room(nbytes, losers)
         if self._closed or (self._policy == "drop_newest" and self._full(nbytes) and self._droppable(item)):
@@ -126,6 +130,14 @@ class Mailbox(Generic[T]):
         else:
             self._items.append((item, nbytes))
             self._bytes += nbytes
+
+    def _wake_all(self) -> None:
+        self._filled.notify_all()
+        self._emptied.notify_all()
+
+    def _plenty(self, limit: int) -> bool:
+        """No reason to wait for more."""
+        return len(self._items) >= limit or self._closed or self._bytes >= self._budget
 
     def _full(self, nbytes: int) -> bool:
         return bool(self._items) and self._bytes + nbytes > self._budget

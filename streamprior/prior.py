@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Prior:
         """Class id of the background; None in a prior that names none."""
         return self.class_names.index("background") if "background" in self.class_names else None
 
-    @property
+    @cached_property
     def object_box(self) -> tuple[slice, slice]:
         """Rows and columns that every stored object is cropped to: the bounding box of all supports, 4 pixels wider on each side."""
         inside = self.support if self.library is None else self.support | self.library.support.any(0)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,7 @@ class _Region:
         return valid, flags | (0 if pixels.any() else Flag.EMPTY)
 
 
+@lru_cache
 def _reading(dtype: np.dtype[Any], saturation: float) -> tuple[np.dtype[Any], Any]:
     """(dtype in which compiled code reads such pixels, the counts in it from which a pixel holds no data).
 
