@@ -45,7 +45,7 @@ def run(repeats: int = 3, only: str = "") -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         prior = _prior()
         save_prior(prior, Path(folder) / "prior.h5")
-        for refine, frames in ((True, 3000), (False, 40000)):
+        for refine, frames in ((True, 6000), (False, 40000)):
             what = f"{SIZE}x{SIZE} uint16, refinement {'on' if refine else 'off'}"
             if only not in f"{what}, half load":
                 continue

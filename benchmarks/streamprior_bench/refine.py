@@ -34,7 +34,7 @@ VARIED = ((104, 104), (128, 128), (256, 256), (64, 64, 64))
 
 PEERS = {"cohere": ("cohere_core.controller.phasing", "cohere-core")}
 
-PIXELS_A_THREAD = 2**18
+PIXELS_A_THREAD = 2**20
 """Of frames that each of two threads solves in a turn; handing a turn to a thread must cost nothing beside it."""
 
 THIRD = 1 / 3
