@@ -286,6 +286,18 @@ class QueueSettings(_Room):
     """Results that wait for the archive: what a disk may hesitate before the path slows down."""
 
 
+class OverloadSettings(_Room):
+    """What is left out, by frame index, when frames come faster than they can be computed; undone when the load falls."""
+
+    furthest: Literal["nothing", "refinement", "masks", "frames"] = "masks"
+    """How far that may go: nothing (the sender waits), refinement of every other frame up to all (`streamprior catchup` makes up for it
+    afterwards), then also the masks of most frames, then frames at the receive queue, whatever `queues.receive_policy` says."""
+    late_s: Annotated[float, Field(gt=0)] = 1.0
+    """A frame that waits longer than this for a worker is late."""
+    calm_s: Annotated[float, Field(gt=0)] = 2.0
+    """How long all frames must be young before the next step back."""
+
+
 class RunSettings(_Room):
     """When a run is over, whatever the wire lost."""
 
@@ -357,6 +369,7 @@ class Config(BaseSettings):
     drift: DriftSettings = DriftSettings()
     compute: ComputeSettings = ComputeSettings()
     queues: QueueSettings = QueueSettings()
+    overload: OverloadSettings = OverloadSettings()
     runs: RunSettings = RunSettings()
     archive: ArchiveSettings = ArchiveSettings()
     tiled: TiledSettings = TiledSettings()

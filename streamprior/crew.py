@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from streamprior.ladder import Ladder
 from streamprior.mailbox import Mailbox
 from streamprior.prior import Prior
 from streamprior.records import FLAT, Batch, Flag, Frame, Positions, Reconstruction, Result, RunEnded, RunStarted
@@ -131,6 +132,7 @@ class ThreadCrew:
     batch_frames : most frames that a worker takes at once. Idle, it takes single frames: that costs no latency.
     batch_s : seconds that a batch should take at most: what it adds to the latency of its first frame.
     budget_bytes : bound of the queue before the workers, and again of the results that wait for an earlier one.
+    ladder : hears how old frames are when they are taken, and says which of them are refined.
     """
 
     def __init__(
@@ -142,8 +144,10 @@ class ThreadCrew:
         batch_s: float,
         budget_bytes: int,
         timing: Timing = lambda stage, seconds: None,
+        ladder: Ladder | None = None,
     ) -> None:
         self._factory = factory
+        self._ladder = ladder or Ladder("nothing", math.inf, math.inf)
         self._prior = prior
         self._timing = timing
         self._batch_frames, self._batch_s = batch_frames, batch_s
@@ -185,6 +189,9 @@ class ThreadCrew:
                 self._sequencer.close()
 
 
+REFINEMENT = ("match", "refine")
+"""Stages that are left out first; a frame's mask needs none of them."""
+
 _UNDIVIDED_S = 0.001
 """What takes less is not divided between workers: a batch has a price of its own, and so has waking the other."""
 
@@ -206,17 +213,23 @@ class _Worker:
         if jobs is None:
             crew._worker_left()
             return False
+        crew._ladder.observe(time.time() - jobs[0].decoded)
+        rung = crew._ladder.rung
         while jobs:
-            run = jobs[0].run
-            mine = [job for job in jobs if job.run.uid == run.uid]
-            jobs = [job for job in jobs if job.run.uid != run.uid]
-            begun = time.perf_counter()
-            results = think(
-                self._stages, crew._prior, run, [job.frame for job in mine], crew._timing, decoded=[job.decoded for job in mine]
-            )
-            self._learn((time.perf_counter() - begun) / len(mine))
-            crew._sequencer.put([(job.ticket, result) for job, result in zip(mine, results, strict=True)])
+            run, refined = jobs[0].run, rung.refines(jobs[0].frame.index)
+            alike = [job.run.uid == run.uid and rung.refines(job.frame.index) == refined for job in jobs]
+            self._think(run, [job for job, same in zip(jobs, alike, strict=True) if same], refined)
+            jobs = [job for job, same in zip(jobs, alike, strict=True) if not same]
         return True
+
+    def _think(self, run: RunStarted, jobs: Sequence[Job], refined: bool) -> None:
+        crew = self._crew
+        assert self._stages is not None
+        stages = self._stages if refined else [stage for stage in self._stages if stage.name not in REFINEMENT]
+        begun = time.perf_counter()
+        results = think(stages, crew._prior, run, [job.frame for job in jobs], crew._timing, decoded=[job.decoded for job in jobs])
+        self._learn((time.perf_counter() - begun) / len(jobs))
+        crew._sequencer.put([(job.ticket, result) for job, result in zip(jobs, results, strict=True)])
 
     def _in(self, seconds: float, most: float = math.inf) -> int:
         """Frames that are computed in so many seconds, by the last ones: dozens that are only classified, one that is refined."""

@@ -23,6 +23,7 @@ from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.join import Joiner
+from streamprior.ladder import Ladder
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.mosaic.backend import overlap_maker
@@ -102,6 +103,10 @@ def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = N
     if config.recipe == "ptycho":
         room = _mosaic(config, prior, outboxes, lambda: pipeline.stopping, meters)
         outboxes = [Outbox(room, config.queues.outbox_mb * _MIB, ledger, meters, feeds=outboxes, every=True), *outboxes]
+    overload = config.overload
+    # Frames that lie in a file wait there for nothing.
+    furthest = "nothing" if config.source.kind in ("file", "tiled", "documents") else overload.furthest
+    ladder = Ladder(furthest, overload.late_s, overload.calm_s, recipe.refines, meters.degraded)
     crew = ThreadCrew(
         recipe.stages,
         prior,
@@ -110,6 +115,7 @@ def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = N
         config.compute.batch_s,
         config.queues.compute_mb * _MIB,
         meters.stage,
+        ladder,
     )
     pipeline = Pipeline(
         frames,
@@ -125,6 +131,7 @@ def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = N
         admit=lambda counts: check_shape(counts, prior.geometry),
         keep=Quarantine(state_folder() / "quarantine").keep,
         readings=readings,
+        ladder=ladder,
     )
     queues: dict[str, Callable[[], int]] = {
         "receive": lambda: pipeline.received.nbytes,

@@ -28,6 +28,8 @@ class Mailbox(Generic[T]):
         block: `put` waits, and the pressure reaches the sender. The other two call `dropped(item)` for what they leave out.
     droppable : callable
         Says which items a policy may drop; the start and the end of a run never are.
+
+    `policy` may be changed at any time; who waits then goes by the new one with the next item that leaves.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Mailbox(Generic[T]):
         droppable: Callable[[T], bool] | None = None,
     ) -> None:
         self._budget = budget_bytes
-        self._policy = policy
+        self.policy = policy
         self._dropped = dropped or (lambda item: None)
         self._droppable = droppable or (lambda item: True)
         self._items: deque[tuple[T, int]] = deque()  # with their sizes: working one out twice costs as much as the rest
@@ -119,13 +121,13 @@ class Mailbox(Generic[T]):
 
     def _put(self, item: T, nbytes: int, losers: list[T]) -> None:
         """One item, with the lock held; what is left out for it, or it itself, joins the losers."""
-        if self._policy == "block" or not self._droppable(item):
-            while self._full(nbytes) and not self._closed and not self._make_room(nbytes, losers):
-                self._filled.notify()  # of what this call has put in already
-                self._emptied.wait()
-        elif self._policy == "drop_oldest":
-            self._make_room(nbytes, losers)
-        if self._closed or (self._policy == "drop_newest" and self._full(nbytes) and self._droppable(item)):
+        droppable = self._droppable(item)
+        while self._full(nbytes) and not self._closed and not self._make_room(nbytes, losers):
+            if droppable and self.policy != "block":
+                break
+            self._filled.notify()  # of what this call has put in already
+            self._emptied.wait()
+        if self._closed or (self.policy == "drop_newest" and self._full(nbytes) and droppable):
             losers.append(item)
         else:
             self._items.append((item, nbytes))
@@ -144,7 +146,7 @@ class Mailbox(Generic[T]):
 
     def _make_room(self, nbytes: int, losers: list[T]) -> bool:
         """Under drop_oldest: move the oldest droppable items out until so many bytes fit. True when they do."""
-        if self._policy != "drop_oldest":
+        if self.policy != "drop_oldest":
             return False
         while self._full(nbytes):
             candidate = next((at for at, (one, _) in enumerate(self._items) if self._droppable(one)), None)

@@ -16,12 +16,14 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from streamprior.errors import WireError
+from streamprior.ladder import Rung
 from streamprior.records import Flag, MosaicImage, Place, Result
 
 DROP_REASONS = (
     ("receive", "queue_full"),
     ("decode", "duplicate"),
     ("decode", "late"),
+    ("classify", "overload"),
     ("archive", "unavailable"),
     ("path", "shutdown"),
 )
@@ -69,11 +71,14 @@ class Meters:
         self._mosaic_frames, self._mosaic = _mosaic_gauges(ns)
         up = Gauge("sink_up", "1 while the sink takes what it is given.", ["sink"], **ns)
         self._up = {sink: up.labels(sink) for sink in sinks}
-        self.degradation_level = 0
+        self.degradation_level, self.refine_every, self.classify_every = 0, 1, 1
         degraded = Gauge(
             "degradation_level", "0: everything; 1: some frames not refined; 2: some not classified; 3: dropped at ingest.", **ns
         )
         degraded.set_function(lambda: self.degradation_level)
+        every = Gauge("every_nth_frame", "Every n-th frame goes through a step; 0: none does.", ["step"], **ns)
+        every.labels("refine").set_function(lambda: self.refine_every)
+        every.labels("classify").set_function(lambda: self.classify_every)
         self._build = Info("build", "Version and identity of what runs.", **ns)
 
     def build_info(self, **facts: str) -> None:
@@ -142,6 +147,10 @@ class Meters:
         }
         for name, value in told.items():
             self._mosaic[name].set(value)
+
+    def degraded(self, rung: Rung) -> None:
+        """The ladder stands on another rung."""
+        self.degradation_level, self.refine_every, self.classify_every = rung.level, rung.refine_every, rung.classify_every
 
     def sink_up(self, sink: str, up: bool) -> None:
         self._up[sink].set(up)

@@ -19,6 +19,7 @@ import structlog
 from streamprior.crew import Job, ThreadCrew
 from streamprior.errors import WireError
 from streamprior.join import Joiner
+from streamprior.ladder import Ladder
 from streamprior.ledger import Ledger
 from streamprior.mailbox import Mailbox, Policy
 from streamprior.metrics import Meters
@@ -79,6 +80,7 @@ class Pipeline:
     joiner : gives frames their positions. readings : the wire that positions come over where it is another one.
     admit : called with each frame's counts before it joins a batch; raises WireError where it cannot be processed.
     keep : called with each message that is quarantined and the reason (a bounded folder on disk).
+    ladder : says what is left out while the path is behind.
     """
 
     def __init__(
@@ -96,11 +98,16 @@ class Pipeline:
         admit: Admit = lambda counts: None,
         keep: Keep = lambda message, error: None,
         readings: Wire | None = None,
+        ladder: Ladder | None = None,
     ) -> None:
+        self._ladder = ladder or Ladder("nothing", math.inf, math.inf)
         self._frames, self._readings, self._joiner, self._runs, self._crew = frames, readings, joiner, runs, crew
         self._watches, self._outboxes, self._ledger, self._meters = watches, outboxes, ledger, meters
         self._admit, self._keep = admit, keep
-        self.received: Mailbox[Received] = Mailbox(receive_bytes, receive_policy, dropped=self._unheard)
+        self._policy = receive_policy
+        self.received: Mailbox[Received] = Mailbox(
+            receive_bytes, receive_policy, dropped=self._unheard, droppable=lambda item: item.wire.decoder.expendable(item.message)
+        )
         self._receiving = 1 if readings is None else 2
         self._ticket = 0
         self._entered: list[Job] = []  # frames that are about to go to the crew
@@ -200,6 +207,8 @@ class Pipeline:
             self._submit()
             self._crew.close()
             return False
+        self._ladder.observe(time.time() - batch[0].at if batch else 0.0)
+        self.received.policy = "drop_newest" if self._ladder.rung.drop else self._policy
         for item in batch:
             self._decode_one(item)
         # While the path is behind, the position that a frame waits for may have been received and be waiting here as well.
@@ -277,6 +286,10 @@ class Pipeline:
             self._admit(frame.counts)
         except WireError as error:
             self._quarantine(frame.index, message, error)
+            return
+        if not self._ladder.rung.classifies(frame.index):
+            self._ledger.dropped(run.uid, frame.index, "classify", "overload")
+            self._meters.dropped("classify", "overload")
             return
         now = time.time()
         self._entered.append(Job(self._next_ticket(), run, frame, now))

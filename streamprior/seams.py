@@ -71,6 +71,10 @@ class Decoder(Protocol):
         """What was held back (for a part that may follow, for a file that is not flushed yet) and is ready, or may wait no longer, at
         `now`, Unix seconds; infinity: everything. Called some ten times a second."""
 
+    def expendable(self, message: Message) -> bool:
+        """Whether a message is surely one image and nothing else, without decoding it: all that a full queue may leave out. A run without
+        its start has no mask, one without its end stays open."""
+
 
 class Stage(Protocol):
     """One step of thinking: reads what earlier stages left in the batch and returns a copy with its part filled in."""

@@ -18,13 +18,15 @@ from streamprior.config import PositionSettings, SourceSettings
 from streamprior.crew import Sequencer, ThreadCrew, think
 from streamprior.errors import SinkUnavailable, WireError
 from streamprior.join import Joiner
+from streamprior.ladder import Ladder
 from streamprior.ledger import Ledger
+from streamprior.mailbox import Mailbox
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
 from streamprior.pipeline import Pipeline, Received, Wire
 from streamprior.prior import Prior
 from streamprior.quarantine import MOST_A_SECOND, Quarantine
-from streamprior.records import Batch, Detector, Flag, Positions, Reading, Result, RunEnded, RunStarted, SeriesStart
+from streamprior.records import NOT_MEASURED, Batch, Detector, Flag, Positions, Reading, Result, RunEnded, RunStarted, SeriesStart
 from streamprior.runs import Runs
 from streamprior.seams import Decoded, Message
 from streamprior.sources.zmq import ZmqPull
@@ -86,7 +88,9 @@ class Kept:
 class House:
     """The path with real stages and wire, a scripted source and sinks that the test holds."""
 
-    def __init__(self, messages: Sequence[bytes], sinks: Sequence[Kept], prior: Prior | None = None, workers: int = 2) -> None:
+    def __init__(
+        self, messages: Sequence[bytes], sinks: Sequence[Kept], prior: Prior | None = None, workers: int = 2, ladder: Ladder | None = None
+    ) -> None:
         self.prior = prior or small_prior()
         self.recipe = make_recipe(self.prior)
         self.ledger = Ledger(sink.name for sink in sinks if sink.complete)
@@ -96,7 +100,7 @@ class House:
             Wire(Scripted(messages), StreamV2Decoder("eiger", max_message_bytes=100_000)),
             Joiner(PositionSettings(), separate=False),
             Runs(self.ledger.distinct, late_s=0.1, idle_s=60),
-            ThreadCrew(self.recipe.stages, self.prior, workers, 4, 1.0, 2**20, self.meters.stage),
+            ThreadCrew(self.recipe.stages, self.prior, workers, 4, 1.0, 2**20, self.meters.stage, ladder),
             self.recipe.watches(),
             [Outbox(sink, 2**20, self.ledger, self.meters) for sink in sinks],
             self.ledger,
@@ -104,6 +108,7 @@ class House:
             2**20,
             admit=lambda counts: check_shape(counts, self.prior.geometry),
             keep=lambda message, error: self.quarantined.append(error.reason),
+            ladder=ladder,
         )
 
     def run(self) -> House:
@@ -130,6 +135,51 @@ def test_every_frame_of_a_series_is_published_in_order_and_the_ledger_balances()
     (account,) = house.ledger.runs()
     assert (account["received"], account["published"], account["in_flight"], account["missing"]) == (40, 40, 0, 0)
     assert account["balanced"]
+
+
+def test_a_path_that_is_behind_leaves_out_refinement_by_index_and_every_frame_has_its_mask() -> None:
+    archive, ladder = Kept(), Ladder("refinement", late_s=1.0, calm_s=2.0)
+    ladder.observe(5.0)
+    house = House(series(diffraction(count=40)), [archive], ladder=ladder).run()
+    refined = [result.index for result in archive.results if not result.flags & Flag.NOT_REFINED]
+    assert refined == list(range(0, 40, 2))
+    assert all(np.isfinite(result.object).all() for result in archive.results if result.index in refined)
+    assert [result.index for result in archive.results] == list(range(40))
+    assert not any((result.classes == NOT_MEASURED).all() for result in archive.results)
+    assert house.ledger.is_balanced()
+
+
+def test_what_the_ladder_leaves_out_altogether_is_dropped_by_name() -> None:
+    archive, ladder = Kept(), Ladder("masks", late_s=1.0, calm_s=2.0, refines=False)
+    ladder.observe(5.0)
+    house = House(series(diffraction(count=40)), [archive], ladder=ladder).run()
+    assert [result.index for result in archive.results] == list(range(0, 40, 2))
+    (account,) = house.ledger.runs()
+    assert (account["dropped"], account["in_flight"], account["balanced"]) == ({"classify/overload": 20}, 0, True)
+    assert house.ledger.frame(account["run"], 7) == "dropped at classify: overload"
+    assert archive.turns == ["begin", "end: end", "close"]
+
+
+def test_a_full_receive_queue_drops_images_and_never_the_start_or_the_end() -> None:
+    messages = series(diffraction(count=200))
+    archive = Kept()
+    house = House(messages, [archive], workers=1)
+    path, size = house.path, len(messages[1])
+    house.path.received = Mailbox(20 * size, "drop_newest", path._unheard, lambda item: item.wire.decoder.expendable(item.message))
+    house.path._policy = "drop_newest"
+    receive, *others = path.rooms().values()
+    receiving = threading.Thread(target=lambda: [None for _ in iter(receive, False)], daemon=True)
+    receiving.start()
+    for step in others:  # the end waits at the full queue until the first of these makes room
+        while step():
+            pass
+    receiving.join(30)
+    accounts = house.ledger.runs()  # what was dropped before the run's start was read is no run's
+    dropped = sum(account["dropped"].get("receive/queue_full", 0) for account in accounts)
+    assert dropped > 0
+    assert accounts[0]["published"] + dropped == 200
+    assert accounts[0]["reason"] == "end"
+    assert house.ledger.is_balanced()
 
 
 def test_rooms_can_be_walked_by_hand_in_one_thread() -> None:
@@ -416,6 +466,9 @@ class Told:
 
     def due(self, now: float) -> Sequence[Decoded]:
         return ()
+
+    def expendable(self, message: Message) -> bool:
+        return False
 
 
 def test_a_position_that_was_received_in_time_is_not_late_because_the_path_is_behind() -> None:

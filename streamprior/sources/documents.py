@@ -175,6 +175,10 @@ class DocumentsDecoder:
         for run in list(self._runs.values()):
             yield from self._settle(run, now)
 
+    def expendable(self, message: Message) -> bool:
+        """Any document may say where many frames are."""
+        return False
+
     def _loaded(self, message: Message) -> Document | None:
         if isinstance(message, bytes):
             documents = self._documents

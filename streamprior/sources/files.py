@@ -215,6 +215,9 @@ class AsRead:
     def due(self, now: float) -> tuple[()]:
         return ()
 
+    def expendable(self, message: Message) -> bool:
+        return isinstance(message, Frame)
+
 
 def _load_npy(path: Path) -> Stack:
     try:

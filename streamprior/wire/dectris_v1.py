@@ -174,6 +174,10 @@ class StreamV1Decoder:
         self._quiet = True
         return [*self._settle_header(), *self._settle_image()] if over or now == math.inf else ()
 
+    def expendable(self, message: Message) -> bool:
+        """Whole images only; of parts that come one by one, none may be missing."""
+        return isinstance(message, tuple) and len(message) > 2 and isinstance(message[0], bytes) and b'"dimage-1.0"' in message[0]
+
     def _records(self, parts: Parts, received: float) -> Iterator[Decoded | WireError]:
         for part in parts:
             try:

@@ -27,6 +27,7 @@ _SELF_DESCRIBED = 55799
 _MULTI_DIMENSIONAL = 40
 _COMPRESSED = 56500
 _EV_ANGSTROM = 12398.41984
+_IMAGE = b"dtypeeimage"  # how an image's map begins: the key "type" and its value
 """h c / e; wavelengths come in angstrom."""
 
 # RFC 8746: tag of a typed array -> dtype. Detectors send little-endian ones; the others are read as well, and made little.
@@ -89,6 +90,9 @@ class StreamV2Decoder:
     def due(self, now: float) -> tuple[()]:
         """Nothing is ever held back."""
         return ()
+
+    def expendable(self, message: Message) -> bool:
+        return isinstance(message, bytes) and _IMAGE in message[:64]
 
     def _decoded(self, message: Message, received: float) -> SeriesStart | Frame | SeriesEnd:
         if not isinstance(message, bytes):

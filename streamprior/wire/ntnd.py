@@ -125,6 +125,10 @@ class NtndDecoder:
         """Nothing is ever held back."""
         return ()
 
+    def expendable(self, message: Message) -> bool:
+        """All are images: what begins a run is told of by the first."""
+        return True
+
     def _decoded(self, fields: Mapping[str, Any], received: float) -> Iterator[SeriesStart | Frame | SeriesEnd]:
         if "dimension" not in fields or "uniqueId" not in fields:
             raise WireError("missing_key", f"{self._channel} is no NTNDArray: it has {cut(', '.join(sorted(map(str, fields))))}")
