@@ -507,6 +507,34 @@ def evaluate(
 
 
 @app.command()
+def catchup(
+    run: Annotated[Path, typer.Argument(help="Folder of an archived run that has ended.")],
+    file: Annotated[str, typer.Argument(help="The run's raw frames: CXI, HDF5 (FILE::/path/in/file), .npy, a folder of TIFFs.")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="Configuration of the daemon that wrote the run.")],
+) -> None:
+    """Refine what a run left out while it was behind: exactly those frames, from their file, into the archive.
+
+    Frame i of the run is frame i of FILE, or the one that its row names where a file was replayed. The masks that the archive has must be
+    those of FILE's frames; otherwise nothing is written and the exit code is 2. Stopped, it goes on where it was.
+
+    Example: streamprior catchup archive/20260301-101500-1f0c2d3e scan.h5 --config beamline.yaml
+    """
+    with faults():
+        from streamprior.catchup import CatchUp
+        from streamprior.config import load_config
+
+        task = CatchUp(run, file, load_config(config))
+        gap = task.gap
+        out.print(f"{len(gap.unrefined)} frames have a mask and no object, {len(gap.absent)} are absent")
+        done = 0
+        with progress() as report:
+            for written in task.work():
+                done += written
+                report("catching up", done, len(gap.indices))
+    out.print(f"{done} frames computed and written; the run is complete")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of an archived run.")],
     frames: Annotated[str, typer.Option(help="Python slice or index of the run's frames, for example 812 or 0::10.")],

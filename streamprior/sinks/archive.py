@@ -159,20 +159,13 @@ class Archive:
         SinkUnavailable
             The disk is full, read-only or gone; writing the same results again later is safe.
         """
-        published = time.time()
         by_run: dict[str, list[Result]] = {}
         for result in results:
             by_run.setdefault(result.run, []).append(result)
         for uid, part in by_run.items():
             run = self._runs[uid]
             with _disk(run.folder):
-                # zarr makes missing folders when it lengthens an array; on an unmounted disk that would fill the mount point in silence.
-                (run.folder / RUN_FILE).stat()
-                indices = [result.index for result in part]
-                for name, array in run.arrays.items():
-                    array.write(indices, [_image(name, result) for result in part])
-                run.frames.write(part, published, run.late)
-                _count(run, run.frames.rows, max(run.about["extent"], max(indices) + 1))
+                _store(run, part)
             self._growth(run.folder)
 
     def note(self, item: Positions | MosaicImage) -> None:
@@ -267,6 +260,49 @@ class Archive:
         }
 
 
+class Reopened:
+    """A run that has ended, open again to fill in what it lacks; the folder stays as it was in everything else."""
+
+    def __init__(self, folder: Path, drift_columns: Sequence[str]) -> None:
+        about = read_about(folder)
+        layouts = [
+            Layout(
+                name,
+                tuple(one["frame_shape"]),
+                np.dtype(one["dtype"]),
+                NOT_MEASURED if name == "classes" else complex("nan+nanj"),
+                one["chunk_frames"],
+            )
+            for name, one in about["arrays"].items()
+        ]
+        arrays = {layout.name: FrameArray(folder / layout.name, layout, None) for layout in layouts}
+        self._run = _Run(folder, arrays, FrameTable(folder / "frames", about["class_names"], drift_columns), about)
+        self._classes = zarr.open_array(folder / "classes", mode="r")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The frames table, a mapping a row."""
+        rows: list[dict[str, Any]] = read_table(self._run.folder / "frames").to_pylist()
+        return rows
+
+    def classes(self, index: int) -> npt.NDArray[np.uint8]:
+        """The map that the run has of a frame, (H, W)."""
+        return np.asarray(self._classes[index], np.uint8)
+
+    def write(self, results: Sequence[Result]) -> None:
+        """As `Archive.write`."""
+        with _disk(self._run.folder):
+            _store(self._run, results)
+
+    def finish(self, number: int) -> None:
+        """Cut the arrays to what is there; run.json tells how many frames were filled in, and when."""
+        run = self._run
+        with _disk(run.folder):
+            for array in run.arrays.values():
+                array.trim(run.about["extent"])
+            before = run.about.get("caught_up", {"frames": 0})
+            _replace_json(run.folder / RUN_FILE, run.about | {"caught_up": {"frames": before["frames"] + number, "at": time.time()}})
+
+
 def run_key(run: RunStarted) -> str:
     """Folder name of a run, `YYYYMMDD-HHMMSS-uid`: when it opened in UTC, so that names sort by time also in the night clocks change."""
     return f"{datetime.fromtimestamp(run.opened, UTC):%Y%m%d-%H%M%S}-{run.uid[:8]}"
@@ -329,6 +365,17 @@ def claim(folder: Path) -> IO[bytes]:
             f"archive {folder}: another streamprior writes to it; stop that one or give this one its own folder"
         ) from None
     return lock
+
+
+def _store(run: _Run, results: Sequence[Result]) -> None:
+    """Chunks, then rows, then the count in run.json."""
+    # zarr makes missing folders when it lengthens an array; on an unmounted disk that would fill the mount point in silence.
+    (run.folder / RUN_FILE).stat()
+    indices = [result.index for result in results]
+    for name, array in run.arrays.items():
+        array.write(indices, [_image(name, result) for result in results])
+    run.frames.write(results, time.time(), run.late)
+    _count(run, run.frames.rows, max(run.about["extent"], max(indices) + 1))
 
 
 def _image(name: str, result: Result) -> npt.NDArray[Any] | None:

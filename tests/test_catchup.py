@@ -1,0 +1,107 @@
+"""`streamprior catchup`: what overload left out is computed from the file, and the run is as if nothing had been left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from streamprior.cli import app
+from streamprior.ladder import Ladder
+from streamprior.prior import save_prior
+from streamprior.records import Flag
+from streamprior.sinks.archive import Archive, ArchivedRun, read_run, run_folders
+from tests.builders import diffraction, make_recipe, small_prior
+from tests.test_path import House, series
+
+COUNT = 40
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    save_prior(small_prior(), tmp_path / "prior.h5")
+    np.save(tmp_path / "scan.npy", diffraction(count=COUNT))
+    (tmp_path / "daemon.yaml").write_text("prior: prior.h5\nrefine: {iterations: 5}\n")
+    return tmp_path
+
+
+def archived(place: Path, name: str, ladder: Ladder | None) -> Path:
+    """Folder of a run that went through the path with this ladder."""
+    prior = small_prior()
+    columns_of_drift = make_recipe(prior).drift_columns
+    archive = Archive(
+        place / name, prior, {"prior": prior.content_hash}, lambda folder: None, drift_columns=columns_of_drift, chunk_frames=8
+    )
+    House(series(diffraction(count=COUNT)), [archive], prior, ladder=ladder).run()  # type: ignore[list-item]
+    (folder,) = run_folders(place / name)
+    return folder
+
+
+def behind(furthest: Any) -> Ladder:
+    """A ladder on its first rung that leaves out anything."""
+    ladder = Ladder(furthest, late_s=1.0, calm_s=2.0, refines=furthest != "masks")
+    ladder.observe(5.0)
+    return ladder
+
+
+def columns(run: ArchivedRun) -> dict[str, list[Any]]:
+    """What does not depend on the moment at which a frame came or was written."""
+    return {name: run.frames[name].to_pylist() for name in run.frames.column_names if name not in ("received", "published")}
+
+
+def call(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [*map(str, words)])
+    return done.exit_code, done.output + (done.stderr if done.stderr_bytes else "")
+
+
+@pytest.mark.parametrize("furthest", ["refinement", "masks"])
+def test_a_run_that_was_behind_is_afterwards_as_one_that_was_not(place: Path, furthest: str) -> None:
+    whole = read_run(archived(place, "whole", None))
+    folder = archived(place, "behind", behind(furthest))
+    before = read_run(folder)
+    assert before.frames.num_rows == (COUNT if furthest == "refinement" else COUNT // 2)
+    code, said = call("catchup", folder, place / "scan.npy", "--config", place / "daemon.yaml")
+    assert code == 0, said
+    after = read_run(folder)
+    np.testing.assert_array_equal(after.classes, whole.classes)
+    np.testing.assert_array_equal(after.objects, whole.objects)
+    for name, values in columns(whole).items():
+        if name in ("detector_time", "alarms") and furthest == "masks":
+            continue  # a frame that was dropped left no time and raised no alarm
+        np.testing.assert_array_equal(np.array(columns(after)[name]), np.array(values), err_msg=name)
+    assert not any(flags & Flag.NOT_REFINED for flags in after.frames["flags"].to_pylist())
+    assert after.about["caught_up"]["frames"] == (COUNT // 2 if furthest == "refinement" else COUNT)
+    assert after.about["status"] == "complete"
+    code, said = call("catchup", folder, place / "scan.npy", "--config", place / "daemon.yaml")
+    assert (code, "0 frames have a mask and no object, 0 are absent" in said) == (0, True)
+
+
+def test_the_file_of_another_run_changes_nothing(place: Path) -> None:
+    folder = archived(place, "behind", behind("refinement"))
+    before = read_run(folder)
+    np.save(place / "other.npy", diffraction(count=COUNT, seed=9, photons=200))
+    code, said = call("catchup", folder, place / "other.npy", "--config", place / "daemon.yaml")
+    assert code == 2
+    assert "gives another mask than frame" in " ".join(said.split())
+    assert columns(read_run(folder)) == columns(before)
+
+
+def test_what_cannot_be_caught_up_with_is_said(place: Path) -> None:
+    folder = archived(place, "behind", behind("refinement"))
+    np.save(place / "short.npy", diffraction(count=COUNT // 2))
+    save_prior(small_prior(normaliser=3.0), place / "another.h5")
+    (place / "another.yaml").write_text("prior: another.h5\n")
+    (place / "off.yaml").write_text("prior: prior.h5\nrefine: {enabled: false}\n")
+    for file, config, words in (
+        ("short.npy", "daemon.yaml", f"has {COUNT // 2} frames"),
+        ("scan.npy", "another.yaml", "was made with prior"),
+        ("scan.npy", "off.yaml", "refines no frame"),
+    ):
+        code, said = call("catchup", folder, place / file, "--config", place / config)
+        assert code == 2
+        assert words in " ".join(said.split())
+    code, said = call("catchup", place, place / "scan.npy", "--config", place / "daemon.yaml")
+    assert (code, "is no archived run" in " ".join(said.split())) == (2, True)
