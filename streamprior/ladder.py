@@ -52,7 +52,7 @@ RUNGS = (
 class Ladder:
     """Stands on one rung; steps down it when frames grow old on their way, and up again when they have been young for a while.
 
-    Each step towards less waits `_STEP_S` for the one before to show; a step back waits `calm_s`, and longer each time that it turned out
+    A step towards less is taken while late frames grow no younger; a step back waits `calm_s`, and longer each time that it turned out
     to be too early: under a steady overload the ladder settles instead of swinging.
 
     Parameters
@@ -76,7 +76,8 @@ class Ladder:
         self._late_s, self._calm_s = late_s, calm_s
         self._changed, self._clock = changed, clock
         self._at = 0
-        self._stepped = -math.inf
+        self._stepped = self._looked = -math.inf
+        self._age_s = 0.0  # of the frames when they were looked at last, while they were late
         self._calm_since = clock()
         self._patience = calm_s
         self._by = 0  # the last step
@@ -91,16 +92,21 @@ class Ladder:
         with self._moving:
             if age_s > self._late_s:
                 self._calm_since = now
-                if now - self._stepped >= _STEP_S and self._at + 1 < len(self._rungs):
+                if now - self._looked < _STEP_S:
+                    return
+                falling, self._looked, self._age_s = age_s < self._age_s - _FALL * _STEP_S, now, age_s
+                if not falling and self._at + 1 < len(self._rungs):
                     if self._by < 0:  # the step back that was the last one came too early, or held
                         early = now - self._stepped < 2 * self._patience
                         self._patience = min(2 * self._patience, _LONGEST_PATIENCE_S) if early else self._calm_s
                     self._move(+1, now, f"frames are {age_s:.1f} s old when their turn comes")
-            elif age_s > _CALM * self._late_s or not self._at:
+                return
+            if age_s > _CALM * self._late_s:
                 self._calm_since = now
             elif now - self._calm_since >= self._patience:
-                self._calm_since = now
-                self._move(-1, now, "the load has fallen")
+                self._calm_since, self._age_s = now, 0.0
+                if self._at:
+                    self._move(-1, now, "the load has fallen")
 
     def hold(self, cause: str, on: bool) -> None:
         """While `cause` stands, no frame is refined, whatever the load."""
@@ -133,8 +139,9 @@ class Ladder:
         self._changed(rung)
 
 
-_STEP_S = 0.1
-"""Between two steps towards less: what the first one gained shows in frames that come behind it."""
+_STEP_S, _FALL = 0.2, 0.05
+"""Between two looks at frames that are late; and seconds by which they must grow younger in a second, or less is done: what has gathered
+goes first, so a step that is enough shows in younger frames, not at once in young ones."""
 
 _CALM = 0.25
 """Part of `late_s` below which a frame counts as young: a path that is only just late is not yet out of it."""
