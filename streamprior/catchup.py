@@ -56,7 +56,7 @@ class CatchUp:
     def __init__(self, folder: Path, file: str | os.PathLike[str], config: Config) -> None:
         about = _about(folder)
         prior = load_prior(config.prior)
-        made_with = str(about["provenance"].get("prior"))
+        made_with = str(about["provenance"].get("prior_hash"))
         if made_with != prior.content_hash:
             raise ConfigError(f"{folder}: was made with prior {made_with[:12]}, {config.prior} is {prior.content_hash[:12]}; name that one")
         recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe, config.compute.backend)

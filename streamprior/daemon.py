@@ -23,7 +23,7 @@ from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.join import Joiner
-from streamprior.ladder import Ladder
+from streamprior.ladder import Ladder, Rung
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.mosaic.backend import overlap_maker
@@ -75,11 +75,13 @@ class Daemon:
     mosaic: MosaicRoom | None = None
 
 
-def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = None) -> Daemon:
+def build(
+    config: Config, watches: Sequence[Watch] = (), feed: Source | None = None, heard: Callable[[Rung], None] = lambda rung: None
+) -> Daemon:
     """Make every object and connect them. Nothing is opened yet but the prior.
 
     `watches` are put behind the recipe's own (the demo's stopwatch). `feed` hands over documents from this process in place of the socket
-    of a source of documents. Raises ConfigError.
+    of a source of documents. `heard` is called with each rung of the overload ladder that is reached. Raises ConfigError.
     """
     prior = load_prior(config.prior)
     recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe, config.compute.backend)
@@ -104,9 +106,14 @@ def build(config: Config, watches: Sequence[Watch] = (), feed: Source | None = N
         room = _mosaic(config, prior, outboxes, lambda: pipeline.stopping, meters)
         outboxes = [Outbox(room, config.queues.outbox_mb * _MIB, ledger, meters, feeds=outboxes, every=True), *outboxes]
     overload = config.overload
+
+    def changed(rung: Rung) -> None:
+        meters.degraded(rung)
+        heard(rung)
+
     # Frames that lie in a file wait there for nothing.
     furthest = "nothing" if config.source.kind in ("file", "tiled", "documents") else overload.furthest
-    ladder = Ladder(furthest, overload.late_s, overload.calm_s, recipe.refines, meters.degraded)
+    ladder = Ladder(furthest, overload.late_s, overload.calm_s, recipe.refines, changed)
     crew = ThreadCrew(
         recipe.stages,
         prior,

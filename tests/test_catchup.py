@@ -33,7 +33,7 @@ def archived(place: Path, name: str, ladder: Ladder | None) -> Path:
     prior = small_prior()
     columns_of_drift = make_recipe(prior).drift_columns
     archive = Archive(
-        place / name, prior, {"prior": prior.content_hash}, lambda folder: None, drift_columns=columns_of_drift, chunk_frames=8
+        place / name, prior, {"prior_hash": prior.content_hash}, lambda folder: None, drift_columns=columns_of_drift, chunk_frames=8
     )
     House(series(diffraction(count=COUNT)), [archive], prior, ladder=ladder).run()  # type: ignore[list-item]
     (folder,) = run_folders(place / name)

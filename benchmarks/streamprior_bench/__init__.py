@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamprior_bench import classify, crystals, gpu, measured, morphology, mosaic, path, refine, reuse, scans, wire
+from streamprior_bench import classify, crystals, gpu, measured, morphology, mosaic, overload, path, refine, reuse, scans, wire
 from streamprior_bench.measure import machine as machine
 
 BENCHMARKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -25,6 +25,7 @@ STUDIES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "crystals": crystals.run,
     "measured": measured.run,
     "morphology": morphology.run,
+    "overload": overload.run,
     "reuse": reuse.run,
     "scans": scans.run,
 }

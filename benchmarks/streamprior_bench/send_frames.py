@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("size", type=int)
     parser.add_argument("count", type=int)
     parser.add_argument("--rate-hz", type=float, help="frames a second; left out: as fast as they are taken")
+    parser.add_argument("--then", type=float, nargs=2, metavar=("AFTER", "RATE_HZ"), help="another rate after so many frames")
     given = parser.parse_args()
     detector = Detector(shape=(given.size, given.size))
     start = encode_start(1, "bench", detector, given.count, np.dtype(np.uint16), {})
@@ -36,7 +37,7 @@ def main() -> None:
     with zmq.Context() as context, context.socket(zmq.PUSH) as push:
         push.setsockopt(zmq.LINGER, 10_000)
         push.connect(given.address)
-        images = _at_once(frames) if given.rate_hz is None else _by_clock(frames, given.rate_hz)
+        images = _at_once(frames) if given.rate_hz is None else _by_clock(frames, _due(given.count, given.rate_hz, given.then))
         push.send(start)
         for image in images:
             push.send(image)
@@ -46,18 +47,24 @@ def main() -> None:
 
 
 def _at_once(frames: list[np.ndarray[Any, Any]]) -> list[bytes]:
-    return _encoded(frames, datetime.datetime.now(datetime.UTC), 0.0)
+    return _encoded(frames, datetime.datetime.now(datetime.UTC), [0.0] * len(frames))
 
 
-def _by_clock(frames: list[np.ndarray[Any, Any]], rate_hz: float) -> Iterator[bytes]:
+def _due(count: int, rate_hz: float, then: tuple[float, float] | None) -> list[float]:
+    """Seconds after the first frame at which each is due."""
+    after, later_hz = then or (count, rate_hz)
+    return [min(i, after) / rate_hz + max(0, i - after) / later_hz for i in range(count)]
+
+
+def _by_clock(frames: list[np.ndarray[Any, Any]], due_s: list[float]) -> Iterator[bytes]:
     """Each when its time has come, stamped with the moment it was due: a sender that is late by itself does not shorten a latency.
 
     Encoded before the first is due: a detector does not compress on the receiver's cores.
     """
     begun = time.time() + _ENCODE_S * len(frames)
-    images = _encoded(frames, datetime.datetime.fromtimestamp(begun, datetime.UTC), 1 / rate_hz)
-    for i, image in enumerate(images):
-        time.sleep(max(0.0, begun + i / rate_hz - time.time()))
+    images = _encoded(frames, datetime.datetime.fromtimestamp(begun, datetime.UTC), due_s)
+    for image, due in zip(images, due_s, strict=True):
+        time.sleep(max(0.0, begun + due - time.time()))
         yield image
 
 
@@ -65,8 +72,8 @@ _ENCODE_S = 400e-6
 """More than encoding a frame of 128 x 128 takes."""
 
 
-def _encoded(frames: list[np.ndarray[Any, Any]], date: datetime.datetime, interval_s: float) -> list[bytes]:
-    return [encode_image(1, "bench", i, counts, i * interval_s, date) for i, counts in enumerate(frames)]
+def _encoded(frames: list[np.ndarray[Any, Any]], date: datetime.datetime, due_s: list[float]) -> list[bytes]:
+    return [encode_image(1, "bench", i, counts, due, date) for i, (counts, due) in enumerate(zip(frames, due_s, strict=True))]
 
 
 if __name__ == "__main__":
