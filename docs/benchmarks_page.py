@@ -55,9 +55,9 @@ MEASURES = {
     "mosaic": "a frame-pass is one frame put into one mosaic once, 128 x 128; the floor is its planned transforms alone, and beside it are"
     " an ePIE in plain scipy and Pty-Chi's best rate.",
     "path": "socket to archive, the sender sharing the cores; beside it the stages alone on as many threads."
-    " Latencies count from when a frame was due at the sender. Where the time goes: CPU microseconds a frame of each room. Without"
-    " refinement they add up to less than two cores have: the rooms wait for each other's turn of the one interpreter, about 150 of them"
-    " a frame, and that is what the path is limited by. With refinement each frame's results are handed on nearly alone, in cold caches.",
+    " Latencies count from when a frame was due at the sender. Where the time goes: CPU microseconds a frame of each room"
+    " ([profile](decisions/0024-rooms-hand-over-batches.md#what-profiling-showed-since)). Frames are"
+    " decompressed with the extra `decode`; with bitshuffle alone the path without refinement reaches a little more than half.",
     "wire": "one thread, messages of a DECTRIS stream to frames; beside it a bare parser and decompressor that check nothing. Spreads"
     " here are half the distance between the quartiles.",
     "gpu": "the same on a CUDA card; engines alone with all data on the card, and from host memory to host memory.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 # Loaded on first use: `import streamprior` stays light, and `streamprior --help` does not wait for a compiler.
 _WHERE = {

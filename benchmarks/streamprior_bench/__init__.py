@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamprior_bench import classify, crystals, gpu, measured, morphology, mosaic, overload, path, refine, reuse, scans, wire
+from streamprior_bench import classify, crystals, gpu, measured, morphology, mosaic, overload, path, refine, reuse, scans, soak, wire
 from streamprior_bench.measure import machine as machine
 
 BENCHMARKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -28,6 +28,7 @@ STUDIES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "overload": overload.run,
     "reuse": reuse.run,
     "scans": scans.run,
+    "soak": soak.run,
 }
 """What the results are worth, in the same form; little is timed, and the same machine gives the same numbers."""
 

@@ -6,7 +6,7 @@ import argparse
 import datetime
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--rate-hz", type=float, help="frames a second; left out: as fast as they are taken")
     parser.add_argument("--then", type=float, nargs=2, metavar=("AFTER", "RATE_HZ"), help="another rate after so many frames")
+    parser.add_argument("--long", action="store_true", help="encode each frame when it is due: a long run fits no memory")
     given = parser.parse_args()
     detector = Detector(shape=(given.size, given.size))
     start = encode_start(1, "bench", detector, given.count, np.dtype(np.uint16), {})
@@ -37,7 +38,12 @@ def main() -> None:
     with zmq.Context() as context, context.socket(zmq.PUSH) as push:
         push.setsockopt(zmq.LINGER, 10_000)
         push.connect(given.address)
-        images = _at_once(frames) if given.rate_hz is None else _by_clock(frames, _due(given.count, given.rate_hz, given.then))
+        if given.rate_hz is None:
+            images: Iterable[bytes] = _at_once(frames)
+        elif given.long:
+            images = _for_long(frames, given.rate_hz)
+        else:
+            images = _by_clock(frames, _due(given.count, given.rate_hz, given.then))
         push.send(start)
         for image in images:
             push.send(image)
@@ -66,6 +72,14 @@ def _by_clock(frames: list[np.ndarray[Any, Any]], due_s: list[float]) -> Iterato
     for image, due in zip(images, due_s, strict=True):
         time.sleep(max(0.0, begun + due - time.time()))
         yield image
+
+
+def _for_long(frames: list[np.ndarray[Any, Any]], rate_hz: float) -> Iterator[bytes]:
+    begun = time.time()
+    date = datetime.datetime.fromtimestamp(begun, datetime.UTC)
+    for i, counts in enumerate(frames):
+        yield encode_image(1, "bench", i, counts, i / rate_hz, date)
+        time.sleep(max(0.0, begun + (i + 1) / rate_hz - time.time()))
 
 
 _ENCODE_S = 400e-6
