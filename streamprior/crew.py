@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamprior.ladder import Ladder
-from streamprior.mailbox import Mailbox
+from streamprior.mailbox import BEAT_S, Mailbox
 from streamprior.prior import Prior
 from streamprior.records import FLAT, Batch, Flag, Frame, Positions, Reconstruction, Result, RunEnded, RunStarted
 from streamprior.seams import PathItem, Stage, StageFactory, Timing
@@ -209,10 +209,13 @@ class _Worker:
         crew = self._crew
         if self._stages is None:
             self._stages = crew._factory()
-        jobs = crew._inbox.take(self._in(crew._batch_s, crew._batch_frames), takers=crew._number, at_least=self._in(_UNDIVIDED_S))
+        most, least = self._in(crew._batch_s, crew._batch_frames), self._in(_UNDIVIDED_S)
+        jobs = crew._inbox.take(most, timeout_s=BEAT_S, takers=crew._number, at_least=least)
         if jobs is None:
             crew._worker_left()
             return False
+        if not jobs:
+            return True
         crew._ladder.observe(time.time() - jobs[0].decoded)
         rung = crew._ladder.rung
         while jobs:

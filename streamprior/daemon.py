@@ -37,6 +37,7 @@ from streamprior.records import MosaicImage
 from streamprior.runs import Runs
 from streamprior.seams import Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
+from streamprior.service import Service
 from streamprior.sinks.archive import Archive
 from streamprior.sinks.bluesky_run import mirror_as_documents
 from streamprior.sinks.catalog import mirror_archive
@@ -218,10 +219,14 @@ def _serve(daemon: Daemon, until: Callable[[], bool]) -> bool:
         for mirror in daemon.mirrors.values():
             mirror.start()
         daemon.pipeline.start()
-        log.info("ready", page=daemon.server.url, source=getattr(daemon.source, "address", daemon.source.name))
+        source = getattr(daemon.source, "address", daemon.source.name)
+        log.info("ready", page=daemon.server.url, source=source)
+        service = Service(daemon.pipeline.stalled)
+        service.ready(f"frames from {source}, page at {daemon.server.url}")
         # A room that failed ends this too: another one may be stuck in a call to the world, and the path then never ends by itself.
         while not (signals.count or until() or daemon.pipeline.failure is not None or daemon.pipeline.ended.wait(0.1)):
-            pass
+            service.tick()
+        service.stopping()
         return _drain(daemon, signals)
 
 

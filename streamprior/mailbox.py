@@ -10,6 +10,11 @@ from typing import Generic, Literal, Protocol, TypeVar
 Policy = Literal["block", "drop_oldest", "drop_newest"]
 
 
+BEAT_S = 0.1
+"""How long a room waits for something to do before it looks up: how late an idle run closes, and a stop is noticed; and a room that has not
+looked up for much longer is stuck."""
+
+
 class Sized(Protocol):
     @property
     def nbytes(self) -> int: ...

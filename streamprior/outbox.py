@@ -12,7 +12,7 @@ import structlog
 
 from streamprior.errors import SinkUnavailable
 from streamprior.ledger import Ledger, account_line
-from streamprior.mailbox import Mailbox
+from streamprior.mailbox import BEAT_S, Mailbox
 from streamprior.metrics import Meters
 from streamprior.records import MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.seams import PathItem, Sink
@@ -98,7 +98,7 @@ class Outbox:
         """Write what has gathered; False when the path has ended and the sink is closed."""
         if not self._open:
             self._open = self._attempt(self.sink.open)
-        items = self.mailbox.take(_BLOCK, linger_s=self._linger_s)
+        items = self.mailbox.take(_BLOCK, linger_s=self._linger_s, timeout_s=BEAT_S)
         if items is None:
             self._attempt(self.sink.close)
             for one in self._feeds:

@@ -21,7 +21,7 @@ from streamprior.errors import WireError
 from streamprior.join import Joiner
 from streamprior.ladder import Ladder
 from streamprior.ledger import Ledger
-from streamprior.mailbox import Mailbox, Policy
+from streamprior.mailbox import BEAT_S, Mailbox, Policy
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
 from streamprior.records import Frame, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
@@ -29,9 +29,6 @@ from streamprior.runs import LateFrame, Runs
 from streamprior.seams import Admit, Decoded, Decoder, Keep, Message, PathItem, Source, Watch, document_nbytes
 
 log = structlog.get_logger(__name__)
-
-_BEAT_S = 0.1
-"""How long a room waits before it looks up: how late an idle run closes, and how long a stop takes to be noticed."""
 
 _GRACE_S = 0.5
 """How long a stop goes on taking what the socket holds."""
@@ -119,6 +116,7 @@ class Pipeline:
         self.started = False
         self._threads: list[threading.Thread] = []
         self._inhabited = 0
+        self._began: dict[str, float] = {}  # when each room's step began that it is in
         self._leaving = threading.Lock()
 
     def rooms(self) -> dict[str, Callable[[], bool]]:
@@ -157,6 +155,19 @@ class Pipeline:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
+    def stalled(self, after_s: float) -> str:
+        """The room that holds the path up: the last on a frame's way whose step takes longer than `after_s`; "" where all move.
+
+        A step waits a tenth of a second for something to do, and for room behind it. While the disk is away all may wait: that is said
+        elsewhere, and would be no better after a restart. A live sink holds nobody up.
+        """
+        complete = [outbox for outbox in self._outboxes if outbox.sink.complete]
+        if any(not outbox.up for outbox in complete):
+            return ""
+        now, aside = time.monotonic(), {f"publish-{outbox.sink.name}" for outbox in self._outboxes if outbox not in complete}
+        stuck = [name for name in self.rooms() if name not in aside and now - self._began.get(name, now) > after_s]
+        return stuck[-1] if stuck else ""
+
     def abandon(self) -> None:
         """The time to drain is over: empty every queue. Once the rooms are empty, `Ledger.write_off` counts what was inside."""
         self.stop()
@@ -171,7 +182,7 @@ class Pipeline:
         stopping = self._stopping.is_set()
         drained: list[Received] = []
         try:
-            self._drain(wire, drained, 0 if stopping else _BEAT_S)
+            self._drain(wire, drained, 0 if stopping else BEAT_S)
         finally:  # what came before a source failed has been accepted
             self.received.put_all(drained)
         # On a stop, what the socket already holds still counts as accepted; a sender that goes on for ever does not.
@@ -200,7 +211,7 @@ class Pipeline:
 
     def decode(self) -> bool:
         """Raw messages -> jobs for the crew; runs open and close here."""
-        batch = self.received.take(_MOST, timeout_s=_BEAT_S)
+        batch = self.received.take(_MOST, timeout_s=BEAT_S)
         if batch is None:
             self._release(math.inf)
             self._turn(self._runs.shutdown())
@@ -317,7 +328,7 @@ class Pipeline:
 
     def sequence(self) -> bool:
         """Results in order -> drift watch -> every outbox."""
-        items = self._crew.take(_MOST, _BEAT_S)
+        items = self._crew.take(_MOST, BEAT_S)
         if items is None:
             for outbox in self._outboxes:
                 outbox.leave()
@@ -387,12 +398,14 @@ class Pipeline:
     def _inhabit(self, name: str, step: Callable[[], bool]) -> None:
         """A room's thread. Whatever escapes a step is our own fault: remembered, and the whole path stops (exit 1)."""
         try:
+            self._began[name] = time.monotonic()
             while step():
-                pass
+                self._began[name] = time.monotonic()
         except BaseException as error:
             log.exception("a room failed", room=name)
             self._fail(error)
         finally:
+            self._began.pop(name, None)
             with self._leaving:
                 self._inhabited -= 1
                 if self._inhabited == 0:

@@ -391,3 +391,16 @@ def test_the_environment_wins_over_the_file(place: Path) -> None:
     assert code == 2
     assert "STREAMPRIOR_HTP__PORT" in said
     assert "'http'" in said
+
+
+def test_a_service_manager_is_told_of_every_turn_and_fed_while_the_path_moves(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(place / "notify"))
+        manager.settimeout(30)
+        with daemon(place, environment={"NOTIFY_SOCKET": str(place / "notify"), "WATCHDOG_USEC": "500000"}) as running:
+            said = [manager.recv(1000).decode() for _ in range(3)]
+            assert running.leave()[0] == 0
+        while not said[-1].startswith("STOPPING=1"):
+            said.append(manager.recv(1000).decode())
+    assert said[0].startswith("READY=1\nSTATUS=frames from tcp://127.0.0.1:")
+    assert set(said[1:-1]) == {"WATCHDOG=1"}
