@@ -9,7 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
+import structlog
+
 from streamprior.records import Detector, Frame, RunEnded, RunStarted, SeriesEnd, SeriesStart
+
+log = structlog.get_logger(__name__)
 
 _REMEMBERED = 16
 """Closed series whose late frames are still recognised as late rather than taken for a new run."""
@@ -46,6 +50,7 @@ class Runs:
         self._announced = False  # the open run began with a start message
         self._closed: OrderedDict[str, tuple[str, float]] = OrderedDict()  # series -> uid, when it was heard of last
         self._paused: RunStarted | None = None  # closed because nothing came; its series may go on
+        self._share = _Share()
 
     @property
     def current(self) -> RunStarted | None:
@@ -70,6 +75,7 @@ class Runs:
         """A frame: what it opened or closed; it belongs to the run that is then `current`. Raises LateFrame for a closed run's."""
         if self._open is not None and self._open.series == frame.series:
             self._heard = self._clock()
+            self._share.saw(frame.index, frame.series)
             return []
         now = self._clock()
         uid, last = self._closed.get(frame.series, ("", -math.inf))
@@ -125,3 +131,28 @@ class Runs:
         while len(self._closed) > _REMEMBERED:
             self._closed.popitem(last=False)
         return [RunEnded(run.uid, reason, time.time())]
+
+
+_SAME = 50
+"""Frames in a row that are equally far apart: no chance, and half a second of a slow detector."""
+
+
+class _Share:
+    """Looks for the pattern that another receiver leaves: a PUSH socket deals frames in turn, so with n of them every n-th comes here."""
+
+    def __init__(self) -> None:
+        self._last, self._step, self._times = 0, 1, 0
+
+    def saw(self, index: int, series: str) -> None:
+        step, self._last = index - self._last, index
+        if step == self._step and step > 1:
+            self._times += 1
+            if self._times == _SAME:
+                log.warning(
+                    "only every n-th frame comes: another receiver takes the rest, as a PUSH socket deals frames in turn; stop the other one",
+                    n=step,
+                    series=series,
+                    frame=index,
+                )
+        else:
+            self._step, self._times = step, 0

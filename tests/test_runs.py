@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from streamprior.records import Detector, Frame, RunEnded, RunStarted, SeriesEnd, SeriesStart
 from streamprior.runs import LateFrame, Runs
@@ -178,3 +179,12 @@ def test_silence_closes_a_run_without_end() -> None:
     hall.now = 60.0
     assert [ended.reason for ended in hall.runs.tick()] == ["idle"]
     assert hall.runs.tick() == []
+
+
+def test_another_receiver_on_the_same_stream_is_known_by_its_gaps_and_said_once() -> None:
+    hall = Hall()
+    hall.runs.start(start(expected=400))
+    with capture_logs() as said:
+        for index in [*range(0, 120, 1), 125, 126, *range(130, 330, 2)]:
+            hall.runs.frame(frame(index=index))
+    assert [(line["event"].partition(":")[0], line["n"]) for line in said] == [("only every n-th frame comes", 2)]
