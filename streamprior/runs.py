@@ -149,7 +149,7 @@ class _Share:
             self._times += 1
             if self._times == _SAME:
                 log.warning(
-                    "only every n-th frame comes: another receiver takes the rest, as a PUSH socket deals frames in turn; stop the other one",
+                    "only every n-th frame comes: another receiver takes the rest, as a PUSH socket deals them in turn; stop that one",
                     n=step,
                     series=series,
                     frame=index,
