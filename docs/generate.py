@@ -79,6 +79,7 @@ def example_meters() -> Meters:
     meters = Meters("detector", ["prepare"], ["archive"], ["core"], ["flux"])
     meters.build_info(version="", prior="", configuration="", device="")
     meters.watch(lambda: 0, lambda: 0, {"receive": lambda: 0})
+    meters.watch_ledger(lambda: 0, lambda: True)
     return meters
 
 

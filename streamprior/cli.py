@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -582,28 +583,68 @@ def _refuse_no_folder(folder: Path) -> None:
 def ledger(
     url: Annotated[str, typer.Option(help="Address of the daemon's HTTP port.")] = "http://127.0.0.1:9870",
     run: Annotated[str | None, typer.Option(help="Uid of a run or the beginning of it (default: all; with --frame the newest).")] = None,
-    frame: Annotated[int | None, typer.Option(help="Index of a frame: what became of it?")] = None,
+    frame: Annotated[int | None, typer.Option(min=0, help="Index of a frame: what became of it, and why?")] = None,
+    left_out: Annotated[bool, typer.Option("--left-out", help="Ranges of frames that are not published, and why.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Read this state folder in place of asking a daemon: what processes left there, running or not.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of sentences.")] = False,
 ) -> None:
     """What became of every frame. Exit 1 if a ledger does not balance.
 
     Example: streamprior ledger --url http://127.0.0.1:9870 --frame 812
+    Example: streamprior ledger --folder ~/.local/state/streamprior --run 80b22e86 --left-out
     """
-    query = "&".join(f"{key}={value}" for key, value in (("run", run), ("frame", frame)) if value is not None)
+    found = _asked_of(url, run, frame, left_out) if folder is None else _read_in(folder, run, frame, left_out)
+    if as_json:
+        out.print_json(data=found)
+    elif "fate" in found:
+        words = f"frame {found['frame']} of run {found['run']}: {found['fate']}" + (f" ({found['why']})" if "why" in found else "")
+        out.print(words, markup=False, highlight=False, soft_wrap=True)
+    elif "left_out" in found:
+        _print_left_out(found)
+    else:
+        _print_accounts(found.get("runs", [found]))
+        if found.get("earlier"):
+            out.print("of earlier processes:")
+            _print_accounts(found["earlier"])
+    raise typer.Exit(0 if found.get("balanced", True) else 1)
+
+
+def _asked_of(url: str, run: str | None, frame: int | None, left_out: bool) -> Any:
+    """The daemon's answer."""
+    asked = {"run": run, "frame": frame, "left_out": 1 if left_out else None}
+    query = urllib.parse.urlencode({key: value for key, value in asked.items() if value is not None})
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/ledger?{query}", timeout=10) as answer:
-            found = json.load(answer)
+            return json.load(answer)
     except urllib.error.HTTPError as error:
         _fail(_reason(error))
     except (OSError, ValueError, http.client.HTTPException) as error:
         _fail(f"no daemon answers at {url} ({error}); is it running, and is http.port the same?")
-    if as_json:
-        out.print_json(data=found)
-    elif "fate" in found:
-        out.print(f"frame {found['frame']} of run {found['run']}: {found['fate']}", highlight=False)
-    else:
-        _print_accounts(found.get("runs", [found]))
-    raise typer.Exit(0 if found.get("balanced", True) else 1)
+
+
+def _read_in(folder: Path, run: str | None, frame: int | None, left_out: bool) -> dict[str, Any]:
+    """The same answer from what lies in a state folder."""
+    from streamprior.ledger import answer, read_ledger
+
+    within = folder if folder.name == "ledger" else folder / "ledger"
+    if not within.is_dir():
+        _fail(f"{within} is no folder; name the state folder of the daemon (STREAMPRIOR_STATE), which keeps its ledger in `ledger`")
+    try:
+        return answer(read_ledger(within), run, frame, left_out)
+    except KeyError:
+        _fail(f"no run {run or 'yet'} in {within}; without --run all that there are are listed")
+
+
+def _print_left_out(found: dict[str, Any]) -> None:
+    for one in found["left_out"]:
+        frames = f"{one['first']}" if one["first"] == one["last"] else f"{one['first']} to {one['last']}"
+        out.print(f"{frames}: {one['fate']}", markup=False, highlight=False, soft_wrap=True)
+    if found["more"]:
+        out.print(f"and {found['more']} more ranges; --frame answers for any one of them")
+    if not found["left_out"]:
+        out.print(f"every frame of run {found['run']} is published", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.join import Joiner
 from streamprior.ladder import Ladder, Rung
-from streamprior.ledger import Ledger
+from streamprior.ledger import Ledger, account_line
 from streamprior.metrics import Meters
 from streamprior.mosaic.backend import overlap_maker
 from streamprior.mosaic.room import MosaicRoom
@@ -91,7 +91,7 @@ def build(
     joiner = Joiner(config.positions, separate=readings is not None)
     mirrors, archive, live = _sinks(config, prior, recipe)
     sinks: list[Sink] = [archive, *live]
-    ledger = Ledger(sink.name for sink in sinks if sink.complete)
+    ledger = Ledger((sink.name for sink in sinks if sink.complete), state_folder() / "ledger")
     page = LivePage(prior)
     names = [*(sink.name for sink in sinks), "page", "prometheus", *(["mosaic"] if config.recipe == "ptycho" else [])]
     meters = Meters(config.source.name, recipe.stage_names, names, prior.class_names, recipe.signals)
@@ -149,6 +149,7 @@ def build(
     }
     queues |= {outbox.sink.name: _bytes_of(outbox) for outbox in outboxes}
     meters.watch(ledger.in_flight, ledger.missing, queues)
+    meters.watch_ledger(ledger.unaccounted, ledger.on_disk)
 
     def ready() -> dict[str, bool]:
         state = {f"sink_{outbox.sink.name}": outbox.up for outbox in outboxes}
@@ -172,6 +173,8 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         daemon.archive.open()
     except SinkUnavailable as error:
         raise ConfigError(f"archive.folder: {error}") from None
+    for account in daemon.ledger.recall():
+        log.warning("run was interrupted: the process that had it open was killed", run=account["run"], ledger=account_line(account))
     log.info("warming up", kernels=str(state_folder()))
     _keep_freed_memory()
     daemon.recipe.warm_up()

@@ -1,74 +1,106 @@
-"""What became of every frame: received = published + dropped + quarantined + in flight, per run, one byte a frame."""
+"""What became of every frame, and when: received = published + dropped + quarantined + in flight, per run, kept on disk."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
 
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from streamprior.account import PUBLISHED, Fate, RunAccount, account_line, stretches
+from streamprior.fates import SPAN, Fates, InUse, forget
 from streamprior.records import Detector, RunEnded, RunStarted
 
-KEPT_RUNS = 64
-"""Runs that stay in memory after they ended, newest first; their results are in the archive for good."""
+__all__ = ["KEPT_BYTES", "KEPT_RUNS", "Ledger", "account_line", "answer", "read_ledger"]
 
-_UNSEEN, _IN_FLIGHT, _PUBLISHED = 0, 1, 2
+log = structlog.get_logger(__name__)
+
+KEPT_RUNS = 64
+"""Runs that are kept after they ended, newest first, those of earlier processes among them; their results are in the archive for good."""
+
+KEPT_BYTES = 2**31
+"""On disk, of runs that ended: twelve runs of 1e7 frames, or all 64 of up to 1.9 million."""
+
+_HELD_BYTES = 2**28
+"""In memory, of runs that ended, where the disk did not take them."""
+
+_MOST_RANGES = 10_000
+"""Ranges of frames in one answer; every second frame of 1e7 would be five million."""
 
 
 class Ledger:
     """Counts every frame once when it arrives and once when its fate is known; safe to call from any thread.
 
+    What it is told goes into a file a run at once ([`Fates`][streamprior.fates.Fates]), so that it survives the process. A folder that
+    cannot be written stops nothing: the ledger goes on in memory, says so, and `on_disk` is False.
+
     Parameters
     ----------
     complete_sinks : names of the sinks that account for every frame; a frame is published once all of them have it.
+    folder : where the files are; None keeps everything in memory. Several processes may share it.
     """
 
-    def __init__(self, complete_sinks: Iterable[str]) -> None:
+    def __init__(self, complete_sinks: Iterable[str], folder: Path | None = None) -> None:
         self._complete = frozenset(complete_sinks)
-        self._runs: OrderedDict[str, _Run] = OrderedDict()
+        self._folder = folder
+        self._runs: OrderedDict[str, RunAccount] = OrderedDict()
+        self._earlier: OrderedDict[str, RunAccount] = OrderedDict()
         self._missing = 0
         self._forgotten = 0  # messages of runs that are no longer kept
+        self._unaccounted = 0  # frames of these that nobody accounted for
         self._published: tuple[str, int] | None = None
-        self._stray = _Run(None)  # messages that belong to no run, because none was open
-        # Fates beyond the first three are "dropped: stage/reason" and "quarantined: reason", numbered as they first occur.
-        self._fates = ["never received", "in flight", "published"]
+        self._stray = RunAccount(None, Fates(None))  # messages that belong to no run, because none was open
         self._lock = threading.Lock()
+
+    def recall(self) -> list[dict[str, Any]]:
+        """Read what earlier processes left; runs they did not close are closed as `interrupted`, with what was in flight dropped at
+        path: crash. Returns the accounts of these.
+
+        What another process is writing is left alone; what cannot be read is said and left where it is.
+        """
+        interrupted = []
+        with self._lock:
+            for uid, run in _read(self._folder, "again"):
+                self._earlier[uid] = run
+                if run.closed is not None:
+                    continue
+                last = run.fates.last_time()
+                run.write_off(Fate("dropped", "path", "crash"), last)
+                run.close(RunEnded(uid, "interrupted", last or (run.started.opened if run.started is not None else 0.0)))
+                interrupted.append(run.sums())
+            self._forget()
+        return interrupted
 
     def open_run(self, run: RunStarted) -> None:
         with self._lock:
+            path = self._folder / f"{quote(run.uid, safe='')}.fates" if self._folder is not None else None
             # Without mask and flat field: 64 runs of a 16M detector would keep 6 GB of them.
-            self._runs[run.uid] = _Run(replace(run, detector=Detector(), metadata={}))
-            closed = [uid for uid, one in self._runs.items() if one.closed is not None]
-            for uid in closed[: max(0, len(closed) - KEPT_RUNS)]:
-                self._forgotten += self._runs.pop(uid).received
+            self._runs[run.uid] = RunAccount(replace(run, detector=Detector(), metadata={}), Fates(path))
+            self._forget()
 
-    def received(self, uid: str, index: int) -> bool:
-        """A frame came in; False when this run already had it (the caller then drops the duplicate)."""
+    def received(self, uid: str, index: int, at: float | None = None) -> bool:
+        """A frame came in (`at` Unix seconds; None: now); False when this run already had it: the caller then drops the duplicate."""
         with self._lock:
-            run = self._run(uid)
-            run.received += 1
-            if run.fate(index) != _UNSEEN:
-                run.in_flight_extra += 1
-                return False
-            run.distinct += 1
-            run.set_fate(index, _IN_FLIGHT)
-            return True
+            return self._run(uid).arrive(index, time.time() if at is None else at)
 
     def received_unread(self, uid: str | None) -> None:
         """A message came in that could not be identified; a call of `quarantined` or `dropped` without an index must follow."""
         with self._lock:
-            run = self._run(uid)
-            run.received += 1
-            run.in_flight_extra += 1
+            self._run(uid).arrive_unread()
 
     def turned_away(self, uid: str | None, stage: str, reason: str) -> None:
         """A message came in and was left out at once. One step, because its run may be opened by another thread between two."""
         with self._lock:
-            run = self._run(uid)
-            run.received += 1
-            run.dropped[(stage, reason)] += 1
+            self._run(uid).turn_away(Fate("dropped", stage, reason))
 
     def dropped(self, uid: str | None, index: int | None, stage: str, reason: str) -> None:
         """A frame (or, without an index, an unidentified message or a duplicate) was left out at `stage` for `reason`.
@@ -76,58 +108,34 @@ class Ledger:
         A frame whose fate is known keeps it: of two sinks that give it up only the first counts.
         """
         with self._lock:
-            run = self._run(uid)
-            if index is not None and run.fate(index) != _IN_FLIGHT:
-                return
-            run.dropped[(stage, reason)] += 1
-            self._settle(run, index, f"dropped at {stage}: {reason}")
+            self._run(uid).settle(index, Fate("dropped", stage, reason), time.time())
 
     def quarantined(self, uid: str | None, index: int | None, reason: str) -> None:
+        """As `dropped`, for what the sender got wrong."""
         with self._lock:
-            run = self._run(uid)
-            run.quarantined[reason] += 1
-            self._settle(run, index, f"quarantined: {reason}")
+            self._run(uid).settle(index, Fate("quarantined", "", reason), time.time())
 
     def published(self, uid: str, sink: str, indices: Iterable[int]) -> None:
         """`sink` has these frames safe."""
+        safe = np.fromiter(indices, np.int64)
         with self._lock:
-            run = self._run(uid)
-            for index in indices:
-                run.by_sink[sink] += 1
-                if run.fate(index) != _IN_FLIGHT or sink not in self._complete:
-                    continue
-                if len(self._complete) > 1:
-                    have = run.partly.setdefault(index, set())
-                    have.add(sink)
-                    if have != self._complete:
-                        continue
-                    del run.partly[index]
-                run.set_fate(index, _PUBLISHED)
-                run.published += 1
-                self._published = uid, index
+            last = self._run(uid).take(sink, safe, self._complete, time.time()) if len(safe) else None
+            if last is not None:
+                self._published = uid, last
 
     def close_run(self, ended: RunEnded) -> dict[str, Any]:
         """The run has left every complete sink; returns its balance."""
         with self._lock:
             run = self._run(ended.uid)
-            run.closed, run.reason = ended.closed, ended.reason
+            run.close(ended)
             self._missing += run.missing()
         return self.balance(ended.uid)
 
     def write_off(self) -> int:
         """The path was left before it was empty: whatever is in flight becomes dropped at path: shutdown. Returns how many."""
         with self._lock:
-            count = 0
-            for run in [*self._runs.values(), self._stray]:
-                lost = [index for index, fate in enumerate(run.fates) if fate == _IN_FLIGHT]
-                for index in lost:
-                    self._settle(run, index, "dropped at path: shutdown")
-                run.dropped["path", "shutdown"] += len(lost) + run.in_flight_extra
-                count += len(lost) + run.in_flight_extra
-                run.in_flight_extra = 0
-                if not run.dropped["path", "shutdown"]:
-                    del run.dropped["path", "shutdown"]
-            return count
+            now = time.time()
+            return sum(run.write_off(Fate("dropped", "path", "shutdown"), now) for run in self._own())
 
     def distinct(self, uid: str) -> int:
         """Frames of the run that came in, duplicates not counted."""
@@ -137,8 +145,9 @@ class Ledger:
     def find(self, name: str) -> str:
         """The uid of the run that a person means: by uid, the beginning of one, or its series. KeyError where that is none, or several."""
         with self._lock:
-            series = [uid for uid, run in self._runs.items() if run.started is not None and run.started.series == name]
-            found = {uid for uid in self._runs if uid.startswith(name)} | set(series[-1:])
+            kept = self._earlier | self._runs
+            series = [uid for uid, run in kept.items() if run.started is not None and run.started.series == name]
+            found = {uid for uid in kept if uid.startswith(name)} | set(series[-1:])
         if len(found) != 1:
             raise KeyError(name)
         return found.pop()
@@ -146,27 +155,56 @@ class Ledger:
     def balance(self, uid: str) -> dict[str, Any]:
         """The run's account as JSON-able numbers; `balanced` is True when every frame's fate is known. KeyError for an unknown run."""
         with self._lock:
-            return self._runs[uid].account()
+            return self._kept(uid).sums()
 
     def runs(self) -> list[dict[str, Any]]:
-        """All accounts, newest run first; messages that belonged to no run come last, if there were any."""
+        """All accounts of this process, newest run first; messages that belonged to no run come last, if there were any."""
         with self._lock:
-            accounts = [run.account() for run in reversed(self._runs.values())]
-            return accounts + ([self._stray.account()] if self._stray.received else [])
+            accounts = [run.sums() for run in reversed(self._runs.values())]
+            return accounts + ([self._stray.sums()] if self._stray.received else [])
+
+    def earlier(self) -> list[dict[str, Any]]:
+        """All accounts that earlier processes left, newest run first."""
+        with self._lock:
+            return [run.sums() for run in reversed(self._earlier.values())]
 
     def frame(self, uid: str, index: int) -> str:
         """The fate of one frame in words. KeyError for an unknown run."""
         with self._lock:
-            return self._fates[self._runs[uid].fate(index)]
+            return self._kept(uid).fate(index).words
+
+    def why(self, uid: str, index: int) -> dict[str, Any]:
+        """What is known of one frame, JSON-able: see `RunAccount.story`. KeyError for an unknown run."""
+        with self._lock:
+            return self._kept(uid).story(index)
+
+    def left_out(self, uid: str, most: int = _MOST_RANGES) -> dict[str, Any]:
+        """Ranges of frames that are not published, JSON-able: `left_out`, a list of (fate, first, last); `more`, ranges beyond `most`.
+
+        Frames that never came are among them, up to the number that the run expected. KeyError for an unknown run.
+        """
+        ranges: list[dict[str, Any]] = []
+        more = 0
+        with self._lock:
+            self._kept(uid)
+        for first, last, number in stretches(self._pieces(uid)):
+            if number == PUBLISHED:
+                continue
+            if len(ranges) == most:
+                more += 1
+                continue
+            with self._lock:
+                ranges.append({"fate": self._kept(uid).names()[number], "first": first, "last": last})
+        return {"run": uid, "left_out": ranges, "more": more}
 
     def in_flight(self) -> int:
         with self._lock:
-            return sum(run.in_flight() for run in [*self._runs.values(), self._stray])
+            return sum(run.in_flight() for run in self._own())
 
     def total_received(self) -> int:
-        """Messages of all runs that came in; it only grows."""
+        """Messages of all runs of this process that came in; it only grows."""
         with self._lock:
-            return self._forgotten + sum(run.received for run in [*self._runs.values(), self._stray])
+            return self._forgotten + sum(run.received for run in self._own())
 
     def last_published(self) -> tuple[str, int] | None:
         """(run, index) of the frame that was published last."""
@@ -178,99 +216,107 @@ class Ledger:
         with self._lock:
             return self._missing
 
+    def unaccounted(self) -> int:
+        """Frames whose fate nobody knows and nobody will know: 0, unless streamprior itself has lost some."""
+        with self._lock:
+            return self._unaccounted + sum(run.unaccounted() for run in self._runs.values()) + abs(self._stray.residue())
+
+    def on_disk(self) -> bool:
+        """Whether what is kept here would survive the process."""
+        with self._lock:
+            return self._folder is not None and not any(run.fates.failing for run in self._runs.values())
+
     def is_balanced(self) -> bool:
         with self._lock:
-            return all(run.account()["balanced"] for run in [*self._runs.values(), self._stray])
+            return not any(run.unaccounted() for run in self._own())
 
-    def _run(self, uid: str | None) -> _Run:
+    def _own(self) -> list[RunAccount]:
+        return [*self._runs.values(), self._stray]
+
+    def _run(self, uid: str | None) -> RunAccount:
         return self._runs.get(uid, self._stray) if uid is not None else self._stray
 
-    def _settle(self, run: _Run, index: int | None, fate: str) -> None:
-        if index is None:
-            run.in_flight_extra -= 1
-            return
-        if fate not in self._fates:
-            self._fates.append(fate)
-        run.partly.pop(index, None)
-        run.set_fate(index, self._fates.index(fate))
+    def _kept(self, uid: str) -> RunAccount:
+        return self._runs[uid] if uid in self._runs else self._earlier[uid]
+
+    def _pieces(self, uid: str) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """(first index, fates) of all frames up to the last that came or was expected; the path goes on between two pieces."""
+        with self._lock:
+            run = self._kept(uid)
+            end = max(run.extent, (run.started.expected if run.started is not None else None) or 0)
+        for first in range(0, end, SPAN):
+            with self._lock:
+                codes = run.fates.piece(first // SPAN)
+            yield first, (np.zeros(SPAN, np.uint8) if codes is None else codes)[: end - first]
+
+    def _forget(self) -> None:
+        """Of runs that ended the oldest go, until what is left is within its bounds."""
+        closed = [(runs, uid) for runs in (self._earlier, self._runs) for uid, run in runs.items() if run.closed is not None]
+        disk = sum(runs[uid].fates.disk_bytes for runs, uid in closed)
+        held = sum(runs[uid].fates.held_bytes for runs, uid in closed)
+        while closed and (len(closed) > KEPT_RUNS or disk > KEPT_BYTES or held > _HELD_BYTES):
+            runs, uid = closed.pop(0)
+            run = runs.pop(uid)
+            disk -= run.fates.disk_bytes
+            held -= run.fates.held_bytes
+            if runs is self._runs:
+                self._forgotten += run.received
+                self._unaccounted += run.unaccounted()
+            if run.fates.path is not None:
+                forget(run.fates.path)
 
 
-@dataclass
-class _Run:
-    """One run's account. `fates` holds one byte a frame; `in_flight_extra` counts duplicates and unread messages on their way out."""
-
-    started: RunStarted | None
-    received: int = 0
-    distinct: int = 0
-    published: int = 0
-    in_flight_extra: int = 0
-    dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    quarantined: Counter[str] = field(default_factory=Counter)
-    by_sink: Counter[str] = field(default_factory=Counter)
-    fates: bytearray = field(default_factory=bytearray)
-    partly: dict[int, set[str]] = field(default_factory=dict)
-    flying: int = 0
-    extent: int = 0  # highest index that came in, plus one
-    closed: float | None = None
-    reason: str | None = None
-
-    def fate(self, index: int) -> int:
-        return self.fates[index] if 0 <= index < len(self.fates) else _UNSEEN
-
-    def set_fate(self, index: int, fate: int) -> None:
-        if index >= len(self.fates):
-            # Grow by half, so that a long run of unknown length is not copied for every frame.
-            self.fates.extend(bytes(max(index + 1 - len(self.fates), len(self.fates) // 2, 1024)))
-        # Kept up to date here, where alone fates change: counting ten million bytes for every scrape would hold up the path.
-        self.flying += (fate == _IN_FLIGHT) - (self.fates[index] == _IN_FLIGHT)
-        self.extent = max(self.extent, index + 1)
-        self.fates[index] = fate
-
-    def in_flight(self) -> int:
-        """From the frames themselves, not from the sums: a frame that a room lost stays visible here for ever."""
-        return self.flying + self.in_flight_extra
-
-    def missing(self) -> int:
-        expected = self.started.expected if self.started is not None else None
-        return max(0, (self.extent if expected is None else expected) - self.distinct)
-
-    def account(self) -> dict[str, Any]:
-        in_flight = self.in_flight()
-        dropped, quarantined = sum(self.dropped.values()), sum(self.quarantined.values())
-        residue = self.received - self.published - dropped - quarantined - in_flight
-        run = self.started
-        return {
-            "run": run.uid if run else None,
-            "source": run.source if run else None,
-            "series": run.series if run else None,
-            "opened": run.opened if run else None,
-            "closed": self.closed,
-            "reason": self.reason,
-            "expected": run.expected if run else None,
-            "received": self.received,
-            "published": self.published,
-            "dropped": {f"{stage}/{reason}": count for (stage, reason), count in sorted(self.dropped.items())},
-            "quarantined": dict(sorted(self.quarantined.items())),
-            "in_flight": in_flight,
-            "missing": self.missing(),
-            "sinks": dict(sorted(self.by_sink.items())),
-            "residue": residue,
-            # A run still open may have frames on their way; a closed one may not.
-            "balanced": residue == 0 and (in_flight == 0 or (run is not None and self.closed is None)),
-        }
+def read_ledger(folder: Path) -> Ledger:
+    """What processes have left in a ledger's folder, or are writing there now, as it lies on disk; nothing is changed."""
+    ledger = Ledger(())
+    ledger._earlier.update(_read(folder, "look"))
+    return ledger
 
 
-def account_line(account: dict[str, Any]) -> str:
-    """One run's account as a line for people: 400 received = 400 published + 0 dropped + 0 quarantined + 0 in flight."""
+def _read(folder: Path | None, mode: Literal["again", "look"]) -> Iterator[tuple[str, RunAccount]]:
+    """(uid, account) of the runs in a folder, oldest first."""
+    heads = []
+    for path in folder.glob("*.json") if folder is not None else ():
+        try:
+            heads.append((float((head := json.loads(path.read_text()))["opened"]), path.name, head))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("a run's ledger cannot be read", file=str(path), error=repr(error))
+    for _, name, head in sorted(heads, key=lambda one: one[:2]):
+        assert folder is not None
+        path = (folder / name).with_suffix(".fates")
+        try:
+            fates = Fates(path, mode)
+        except InUse:
+            continue
+        except (OSError, ValueError) as error:
+            log.warning("a run's ledger cannot be read", file=str(path), error=repr(error))
+            continue
+        try:
+            run = RunAccount.read(head, fates)
+        except (OSError, KeyError, TypeError, IndexError) as error:
+            log.warning("a run's ledger cannot be read", file=str(path), error=repr(error))
+            fates.release()
+            continue
+        if mode == "look" or run.closed is not None:
+            fates.release()
+        yield head["run"], run
 
-    def by_reason(total: dict[str, int]) -> str:
-        detail = ", ".join(f"{reason} {count}" for reason, count in total.items())
-        return f"{sum(total.values())}" + (f" ({detail})" if detail else "")
 
-    opened = time.strftime("%H:%M:%S", time.localtime(account["opened"])) if account["opened"] else "--:--:--"
-    whose = f"{account['series'] or 'no run'} ({(account['run'] or '-')[:8]})"
-    return (
-        f"{opened} {whose}: {account['received']} received = {account['published']} published"
-        f" + {by_reason(account['dropped'])} dropped + {by_reason(account['quarantined'])} quarantined + {account['in_flight']} in flight;"
-        f" {account['missing']} missing; {'balanced' if account['balanced'] else 'NOT BALANCED, residue ' + str(account['residue'])}"
-    )
+def answer(ledger: Ledger, run: str | None, frame: int | None, left_out: bool) -> dict[str, Any]:
+    """What a person asks: of one frame, of the frames that a run left out, of one run, or of all of them; JSON-able.
+
+    Without a run, a question about frames is about the newest. Raises KeyError where there is no such run.
+    """
+    if run is None and frame is None and not left_out:
+        return {"runs": ledger.runs(), "earlier": ledger.earlier(), "balanced": ledger.is_balanced()}
+    uid = ledger.find(run) if run is not None else _newest(ledger)
+    if frame is not None:
+        return ledger.why(uid, frame)
+    return ledger.left_out(uid) if left_out else ledger.balance(uid)
+
+
+def _newest(ledger: Ledger) -> str:
+    for account in (*ledger.runs(), *ledger.earlier()):
+        if account["run"] is not None:
+            return str(account["run"])
+    raise KeyError("no run")

@@ -155,6 +155,15 @@ class Meters:
     def sink_up(self, sink: str, up: bool) -> None:
         self._up[sink].set(up)
 
+    def watch_ledger(self, unaccounted: Callable[[], int], on_disk: Callable[[], bool]) -> None:
+        """Whether the ledger can be trusted, looked up when somebody scrapes."""
+        told: dict[str, tuple[str, Callable[[], float]]] = {
+            "ledger_residue": ("Frames whose fate nobody knows and nobody will: anything but 0 is a fault of streamprior's.", unaccounted),
+            "ledger_on_disk": ("1 while the ledger is written to disk; 0: it goes on in memory, and ends with the process.", on_disk),
+        }
+        for name, (text, value) in told.items():
+            Gauge(name, text, namespace="streamprior", registry=self.registry).set_function(value)
+
     def watch(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
         """Numbers that are looked up when somebody scrapes, instead of being kept up to date for nobody."""
         self.registry.register(_AtScrape(in_flight, missing, queues))

@@ -289,7 +289,7 @@ class Pipeline:
         self._turn(changes)
         run = self._runs.current
         assert run is not None
-        if not self._ledger.received(run.uid, frame.index):
+        if not self._ledger.received(run.uid, frame.index, frame.received):
             self._ledger.dropped(run.uid, None, "decode", "duplicate")
             self._meters.dropped("decode", "duplicate")
             return

@@ -20,10 +20,13 @@ from starlette.types import ASGIApp
 from streamprior import __version__
 from streamprior.config import HttpSettings
 from streamprior.errors import ConfigError
-from streamprior.ledger import Ledger
+from streamprior.ledger import Ledger, answer
 from streamprior.metrics import Meters
 from streamprior.records import Flag, Result
 from streamprior.sinks.page import LivePage
+
+_MOST_DIGITS = 30
+"""Of a frame index in a question; Python reads longer numbers in quadratic time, or refuses."""
 
 Health = Callable[[], Mapping[str, bool]]
 """What must be true for the daemon to be ready: name -> whether it is."""
@@ -45,17 +48,13 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> S
 
     def accounts(request: Request) -> Response:
         run, frame = request.query_params.get("run"), request.query_params.get("frame")
+        if frame is not None and (not frame.isdecimal() or len(frame) > _MOST_DIGITS):
+            return JSONResponse({"error": f"frame={frame[:_MOST_DIGITS]!r} is not a frame index"}, 400)
         try:
-            if frame is not None:
-                uid = ledger.find(run) if run else _newest(ledger)
-                if not frame.isdecimal():
-                    raise ValueError(frame)
-                return JSONResponse({"run": uid, "frame": int(frame), "fate": ledger.frame(uid, int(frame))})
-            return JSONResponse(ledger.balance(ledger.find(run)) if run else {"runs": ledger.runs(), "balanced": ledger.is_balanced()})
+            asked = int(frame) if frame is not None else None
+            return JSONResponse(answer(ledger, run or None, asked, "left_out" in request.query_params))
         except KeyError:
-            return JSONResponse({"error": f"no run {run or 'yet'} since this daemon started; /ledger lists those there are"}, 404)
-        except ValueError:
-            return JSONResponse({"error": f"frame={frame!r} is not a frame index"}, 400)
+            return JSONResponse({"error": f"no run {run or 'yet'}; /ledger lists those there are"}, 404)
 
     def status(request: Request) -> Response:
         return JSONResponse(numbers_now(meters, ledger, page))
@@ -147,13 +146,6 @@ def _picture(picture: bytes | None, headers: dict[str, str]) -> Response:
     if picture is None:
         return Response(status_code=204, headers=headers)
     return Response(picture, media_type="application/octet-stream", headers=headers)
-
-
-def _newest(ledger: Ledger) -> str:
-    runs = [account["run"] for account in ledger.runs() if account["run"] is not None]
-    if not runs:
-        raise KeyError("no run")
-    return str(runs[0])
 
 
 class HttpServer:

@@ -146,7 +146,7 @@ def test_a_series_is_archived_scraped_and_accounted_for(place: Path) -> None:
 
 def test_an_unknown_run_or_frame_is_answered_with_a_sentence(place: Path) -> None:
     with daemon(place) as running:
-        for path, status, words in (("/ledger?run=nobody", 404, "no run nobody"), ("/ledger?frame=3", 404, "no run yet")):
+        for path, status, words in (("/ledger?run=nobody", 404, "no run nobody"), ("/ledger?run=nobody&frame=3", 404, "no run nobody")):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 running.get(path)
             assert refused.value.code == status

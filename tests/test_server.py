@@ -209,13 +209,14 @@ def test_the_page_is_told_which_start_was_kept() -> None:
 def test_the_ledger_answers_for_all_runs_one_run_and_one_frame() -> None:
     served = Served()
     try:
-        assert served.json("/ledger") == (200, {"runs": [], "balanced": True})
+        assert served.json("/ledger") == (200, {"runs": [], "earlier": [], "balanced": True})
         assert served.json("/ledger?frame=1")[0] == 404
         served.ledger.open_run(make_run("one"))
         served.ledger.received("one", 0)
         served.ledger.received("one", 1)
         served.ledger.dropped("one", 1, "receive", "queue_full")
-        assert served.json("/ledger?frame=0") == (200, {"run": "one", "frame": 0, "fate": "in flight"})
+        status, told = served.json("/ledger?frame=0")
+        assert (status, told["run"], told["frame"], told["fate"]) == (200, "one", 0, "in flight")
         served.ledger.published("one", "archive", [0])
         served.ledger.close_run(RunEnded("one", "end", 1.0))
         status, everything = served.json("/ledger")
@@ -225,6 +226,7 @@ def test_the_ledger_answers_for_all_runs_one_run_and_one_frame() -> None:
         assert served.json("/ledger?run=one&frame=0")[1]["fate"] == "published"
         assert served.json("/ledger?frame=1")[1]["fate"] == "dropped at receive: queue_full"
         assert served.json("/ledger?frame=999")[1]["fate"] == "never received"
+        assert served.json("/ledger?left_out")[1]["left_out"] == [{"fate": "dropped at receive: queue_full", "first": 1, "last": 1}]
         for query, code, words in (("run=two", 404, "no run two"), ("frame=x", 400, "not a frame index"), ("run=two&frame=0", 404, "two")):
             status, answer = served.json(f"/ledger?{query}")
             assert status == code

@@ -1,0 +1,367 @@
+"""What happened to the frames of one run -> its account: sums, the story of one frame, ranges of those that were left out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from streamprior.fates import SPAN, Fates, write_head
+from streamprior.records import Detector, RunEnded, RunStarted
+
+UNSEEN, IN_FLIGHT, PUBLISHED = 0, 1, 2
+
+_SINK_SLOT = 256
+"""In the file's head: below, messages without an index by their fate; from here on, frames that each sink took."""
+
+_WHY = {
+    ("path", "shutdown"): "the daemon was told to leave and runs.drain_s was over before this frame was through",
+    ("path", "crash"): "the process was killed while this frame was on its way",
+    ("archive", "unavailable"): "the archive's folder could not be written, and the time to drain was over before it could be again",
+}
+"""Sentences for what stage and reason alone do not explain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What can become of a frame; stage and reason where it was left out."""
+
+    kind: Literal["never received", "in flight", "published", "dropped", "quarantined"]
+    stage: str = ""
+    reason: str = ""
+
+    @property
+    def words(self) -> str:
+        where = f" at {self.stage}" if self.stage else ""
+        return f"{self.kind}{where}: {self.reason}" if self.reason else self.kind
+
+    @property
+    def short(self) -> str:
+        return f"{self.stage}/{self.reason}" if self.kind == "dropped" else self.reason
+
+
+class RunAccount:
+    """One run's account: keeps `fates` and its sums in step. Not safe to call from several threads; the ledger holds a lock.
+
+    What is counted without an index (duplicates, messages nobody could read) goes to disk at once, as the fates do. All other sums are
+    written when the run closes, and counted anew from the fates where a process was killed before that.
+
+    Parameters
+    ----------
+    started : None for messages that belong to no run.
+    """
+
+    def __init__(self, started: RunStarted | None, fates: Fates) -> None:
+        self.started, self.fates = started, fates
+        self.received = self.distinct = self.flying = 0
+        self.extent = 0  # highest index that came in, plus one
+        self.closed: float | None = None
+        self.reason: str | None = None
+        # Fates beyond the first three are numbered as they first occur. Stages and reasons are words of the code, some forty in all.
+        self._names = [Fate("never received"), Fate("in flight"), Fate("published")]
+        self._indexed: Counter[int] = Counter()  # by number of the fate
+        self._others: Counter[int] = Counter()  # the same, of what has no index or had its index before
+        self._sinks: Counter[str] = Counter()
+        self._partly: dict[int, set[str]] = {}
+        self.save()
+
+    def arrive(self, index: int, at: float) -> bool:
+        """A frame came in; False when the run had it already: it then counts among the messages without an index."""
+        self.received += 1
+        if self.fates.code(index) != UNSEEN:
+            self._other(IN_FLIGHT, 1)
+            return False
+        self.distinct += 1
+        self.flying += 1
+        self.extent = max(self.extent, index + 1)
+        self.fates.arrive(index, IN_FLIGHT, at)
+        return True
+
+    def arrive_unread(self) -> None:
+        self.received += 1
+        self._other(IN_FLIGHT, 1)
+
+    def turn_away(self, fate: Fate) -> None:
+        """A message came in and was left out at once."""
+        self.received += 1
+        self._other(self._number(fate), 1)
+
+    def settle(self, index: int | None, fate: Fate, at: float) -> None:
+        """The fate of a frame, or of a message without an index. A frame whose fate is known keeps it."""
+        if index is None:
+            self._other(IN_FLIGHT, -1)
+            self._other(self._number(fate), 1)
+        elif self.fates.code(index) == IN_FLIGHT:
+            self._partly.pop(index, None)
+            self._decide(np.array([index], np.int64), self._number(fate), at)
+
+    def take(self, sink: str, indices: npt.NDArray[np.int64], complete: frozenset[str], at: float) -> int | None:
+        """`sink` has these frames safe; those that all complete ones have are published. Returns the last such index, or None."""
+        first = sink not in self._sinks
+        self._sinks[sink] += len(indices)
+        if first:
+            self.save()
+        self.fates.put(_SINK_SLOT + [*self._sinks].index(sink), self._sinks[sink])
+        if sink not in complete:
+            return None
+        fresh = np.unique(indices[self.fates.codes(indices) == IN_FLIGHT])
+        if len(complete) > 1:
+            fresh = np.array([index for index in fresh.tolist() if self._is_whole(index, sink, complete)], np.int64)
+        if not len(fresh):
+            return None
+        self._decide(fresh, PUBLISHED, at)
+        return int(indices[np.isin(indices, fresh)][-1])
+
+    def close(self, ended: RunEnded) -> None:
+        self.closed, self.reason = ended.closed, ended.reason
+        self.fates.release()
+        self.save()
+
+    def write_off(self, fate: Fate, at: float) -> int:
+        """Whatever is in flight gets this fate. Returns how many."""
+        count, others = 0, self._others[IN_FLIGHT]
+        for number in self.fates.numbers() if self.flying else []:
+            codes = self.fates.piece(number)
+            lost = np.flatnonzero(codes == IN_FLIGHT) + number * SPAN
+            if len(lost):
+                self._decide(lost, self._number(fate), at)
+                count += len(lost)
+        self._partly.clear()
+        if others:
+            self._other(IN_FLIGHT, -others)
+            self._other(self._number(fate), others)
+        return count + others
+
+    def in_flight(self) -> int:
+        """From the frames themselves, not from the sums: a frame that a room lost stays visible here for ever."""
+        return self.flying + self._others[IN_FLIGHT]
+
+    def missing(self) -> int:
+        expected = self.started.expected if self.started is not None else None
+        return max(0, (self.extent if expected is None else expected) - self.distinct)
+
+    def residue(self) -> int:
+        return self.received - sum(self._of(number) for number in range(PUBLISHED, len(self._names))) - self.in_flight()
+
+    def unaccounted(self) -> int:
+        """Frames whose fate nobody knows and nobody will: the residue, and what is in flight although the run is over."""
+        return abs(self.residue()) + (abs(self.in_flight()) if self.started is None or self.closed is not None else 0)
+
+    def sums(self) -> dict[str, Any]:
+        """The account as JSON-able numbers; `balanced` is True when every frame's fate is known."""
+        run, residue = self.started, self.residue()
+        return {
+            "run": run.uid if run else None,
+            "source": run.source if run else None,
+            "series": run.series if run else None,
+            "opened": run.opened if run else None,
+            "closed": self.closed,
+            "reason": self.reason,
+            "expected": run.expected if run else None,
+            "received": self.received,
+            "published": self._of(PUBLISHED),
+            "dropped": self._by_reason("dropped"),
+            "quarantined": self._by_reason("quarantined"),
+            "in_flight": self.in_flight(),
+            "missing": self.missing(),
+            "sinks": dict(sorted(self._sinks.items())),
+            "residue": residue,
+            # A run still open may have frames on their way; a closed one may not.
+            "balanced": not self.unaccounted(),
+        }
+
+    def fate(self, index: int) -> Fate:
+        return self._names[self.fates.code(index)]
+
+    def names(self) -> list[str]:
+        """The fates in words, by their numbers."""
+        return [fate.words for fate in self._names]
+
+    def story(self, index: int) -> dict[str, Any]:
+        """What is known of one frame, JSON-able: fate, received and decided (Unix s or None) and `why`, a sentence.
+
+        Of a frame that never came: `before` and `after`, the nearest that did (frame, received), `came` (different frames), `expected`,
+        and `unread`, messages of this run whose index nobody read; it may be one of them.
+        """
+        number, received, decided = self.fates.row(index)
+        fate = self._names[number]
+        assert self.started is not None
+        told: dict[str, Any] = {"run": self.started.uid, "series": self.started.series, "frame": index, "fate": fate.words}
+        told |= {"received": received or None, "decided": decided or None}
+        if number == UNSEEN:
+            told |= self._absence(index)
+            return told | {"why": _why_absent(told, self.closed)}
+        came, later = f"received at {_clock(received)}", f"{decided - received:.3f} s later"
+        if number == IN_FLIGHT:
+            where = "on its way" if self.closed is None else "lost on the path, which is a fault of streamprior's own: please report it"
+            return told | {"why": f"{came}; {where}"}
+        if number == PUBLISHED:
+            return told | {"why": f"{came}, safe {later}"}
+        more = _WHY.get((fate.stage, fate.reason))
+        return told | {"why": f"{came}, left out {later}" + (f": {more}" if more else "")}
+
+    def _absence(self, index: int) -> dict[str, Any]:
+        unread = {fate.short: self._others[n] for n, fate in enumerate(self._names) if n > PUBLISHED and self._others[n]}
+        unread.pop("decode/duplicate", None)  # these were read, and are frames that came
+        return {
+            "before": self._neighbour(min(index, self.extent), -1),
+            "after": self._neighbour(min(index, self.extent), 1),
+            "came": self.distinct,
+            "expected": self.started.expected if self.started is not None else None,
+            "unread": unread,
+        }
+
+    def _neighbour(self, index: int, towards: Literal[-1, 1]) -> dict[str, Any] | None:
+        """The nearest frame on one side that came; None where there is none."""
+        for number in self.fates.numbers()[::towards]:
+            codes = self.fates.piece(number) if (index // SPAN - number) * towards <= 0 else None
+            came = np.flatnonzero(codes) + number * SPAN if codes is not None else np.empty(0, np.int64)
+            came = came[(came - index) * towards > 0]
+            if len(came):
+                nearest = int(came[0 if towards > 0 else -1])
+                return {"frame": nearest, "received": self.fates.row(nearest)[1]}
+        return None
+
+    def _is_whole(self, index: int, sink: str, complete: frozenset[str]) -> bool:
+        have = self._partly.setdefault(index, set())
+        have.add(sink)
+        if have != complete:
+            return False
+        del self._partly[index]
+        return True
+
+    def _decide(self, indices: npt.NDArray[np.int64], number: int, at: float) -> None:
+        self.fates.decide(indices, number, at)
+        self._indexed[number] += len(indices)
+        self.flying -= len(indices)
+
+    def _other(self, number: int, by: int) -> None:
+        self._others[number] += by
+        self.fates.put(number, self._others[number])
+
+    def _number(self, fate: Fate) -> int:
+        if fate not in self._names:
+            self._names.append(fate)
+            self.save()  # before its number is in the file
+        return self._names.index(fate)
+
+    def _of(self, number: int) -> int:
+        return self._indexed[number] + self._others[number]
+
+    def _by_reason(self, kind: str) -> dict[str, int]:
+        counts = {fate.short: self._of(number) for number, fate in enumerate(self._names) if fate.kind == kind}
+        return {name: count for name, count in sorted(counts.items()) if count}
+
+    def save(self) -> None:
+        """The head: what the file of the fates does not hold."""
+        if self.fates.path is None or self.started is None:
+            return
+        run = self.started
+        head = {"run": run.uid, "source": run.source, "series": run.series, "opened": run.opened, "expected": run.expected}
+        head |= {"closed": self.closed, "reason": self.reason, "fates": [asdict(fate) for fate in self._names], "sinks": [*self._sinks]}
+        sums = {"distinct": self.distinct, "flying": self.flying, "extent": self.extent, "residue": self.residue()}
+        indexed = [self._indexed[number] for number in range(len(self._names))]
+        write_head(self.fates.path, head | {"sums": {**sums, "indexed": indexed} if self.closed is not None else None})
+
+    @classmethod
+    def read(cls, head: Mapping[str, Any], fates: Fates) -> RunAccount:
+        """The account that was written. Raises KeyError, TypeError where the head is none of ours."""
+        account = cls.__new__(cls)
+        account.started = RunStarted(head["run"], head["source"], head["series"], head["opened"], head["expected"], Detector())
+        account.fates, account.closed, account.reason = fates, head["closed"], head["reason"]
+        account._names = [Fate(**one) for one in head["fates"]]
+        slots = fates.slots()
+        account._others = Counter({number: slots[number] for number in range(len(account._names))})
+        account._sinks = Counter({sink: slots[_SINK_SLOT + n] for n, sink in enumerate(head["sinks"])})
+        account._partly = {}
+        sums = head["sums"] or account._counted()
+        account.distinct, account.flying, account.extent = sums["distinct"], sums["flying"], sums["extent"]
+        account._indexed = Counter(dict(enumerate(sums["indexed"])))
+        account.received = account.distinct + sum(account._others.values()) + sums["residue"]
+        return account
+
+    def _counted(self) -> dict[str, Any]:
+        """The sums of a run that nobody closed, from its frames."""
+        indexed, extent = np.zeros(256, np.int64), 0
+        for number in self.fates.numbers():
+            codes = self.fates.piece(number)
+            came = np.flatnonzero(codes) if codes is not None else []
+            if codes is not None and len(came):
+                indexed += np.bincount(codes[came], minlength=256)
+                extent = number * SPAN + int(came[-1]) + 1
+        decided = indexed.copy()
+        decided[IN_FLIGHT] = 0
+        return {
+            "distinct": int(indexed.sum()),
+            "flying": int(indexed[IN_FLIGHT]),
+            "extent": extent,
+            "residue": 0,
+            "indexed": decided[: len(self._names)].tolist(),
+        }
+
+
+def stretches(pieces: Iterable[tuple[int, npt.NDArray[np.uint8]]]) -> Iterator[tuple[int, int, int]]:
+    """Fates of consecutive frames -> (first, last, number of the fate) of each stretch of equal ones.
+
+    pieces : (index of the first frame, fates), each where the one before it ends.
+    """
+    first, number, end = 0, -1, 0
+    for begin, codes in pieces:
+        bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist()] if len(codes) else []
+        for at, here in zip(bounds, codes[bounds].tolist(), strict=True):
+            if here != number:
+                if number >= 0:
+                    yield first, begin + at - 1, number
+                first, number = begin + at, here
+        end = begin + len(codes)
+    if number >= 0:
+        yield first, end - 1, number
+
+
+def _why_absent(told: Mapping[str, Any], closed: float | None) -> str:
+    index, before, after = told["frame"], told["before"], told["after"]
+    expected, came = told["expected"], told["came"]
+    if expected is not None and index >= expected:
+        text = f"the run expected {expected} frames, 0 to {expected - 1}"
+    elif after is not None:
+        since = f"frame {before['frame']} ({_clock(before['received'])})" if before is not None else "the start of the run"
+        text = f"none of those between {since} and frame {after['frame']} ({_clock(after['received'])}) came"
+    elif before is not None:
+        until = "so far" if closed is None else "before the run was closed"
+        text = f"the last frame that came {until} is {before['frame']} ({_clock(before['received'])})"
+    else:
+        text = "no frame of this run came"
+    text += f"; {came} came" + (f" of {expected} expected" if expected is not None else "")
+    unread = told["unread"]
+    if unread:
+        text += f"; {sum(unread.values())} messages were left out unread ({_listed(unread)}), and it may be one of them"
+    return text
+
+
+def account_line(account: Mapping[str, Any]) -> str:
+    """One run's account as a line for people: 400 received = 400 published + 0 dropped + 0 quarantined + 0 in flight."""
+
+    def by_reason(total: dict[str, int]) -> str:
+        return f"{sum(total.values())}" + (f" ({_listed(total)})" if total else "")
+
+    opened = time.strftime("%H:%M:%S", time.localtime(account["opened"])) if account["opened"] else "--:--:--"
+    whose = f"{account['series'] or 'no run'} ({(account['run'] or '-')[:8]})"
+    return (
+        f"{opened} {whose}: {account['received']} received = {account['published']} published"
+        f" + {by_reason(account['dropped'])} dropped + {by_reason(account['quarantined'])} quarantined + {account['in_flight']} in flight;"
+        f" {account['missing']} missing; {'balanced' if account['balanced'] else 'NOT BALANCED, residue ' + str(account['residue'])}"
+    )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())
+
+
+def _clock(at: float) -> str:
+    """Local time to the millisecond."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03d}"
