@@ -290,8 +290,8 @@ class RunAccount:
         indexed, extent = np.zeros(256, np.int64), 0
         for number in self.fates.numbers():
             codes = self.fates.piece(number)
-            came = np.flatnonzero(codes) if codes is not None else []
-            if codes is not None and len(came):
+            if codes is not None and codes.any():
+                came = np.flatnonzero(codes)
                 indexed += np.bincount(codes[came], minlength=256)
                 extent = number * SPAN + int(came[-1]) + 1
         decided = indexed.copy()

@@ -133,7 +133,7 @@ class Fates:
             piece = self._piece(int(number))
             if piece is not None:
                 within = indices[indices // SPAN == number] % SPAN
-                np.frombuffer(piece.decided)[within] = at
+                np.asarray(piece.decided)[within] = at
                 np.frombuffer(piece.fate, np.uint8)[within] = fate
 
     def codes(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
@@ -158,7 +158,7 @@ class Fates:
     def last_time(self) -> float:
         """The newest of all times; 0 where no frame came."""
         pieces = [piece for number in self.numbers() if (piece := self._piece(number)) is not None]
-        return max((float(np.frombuffer(one).max()) for piece in pieces for one in (piece.received, piece.decided)), default=0.0)
+        return max((float(np.asarray(one).max()) for piece in pieces for one in (piece.received, piece.decided)), default=0.0)
 
     def put(self, slot: int, value: int) -> None:
         """One of the account's own numbers, at once on disk."""
@@ -267,9 +267,21 @@ class Fates:
         self.failing = True
 
 
+def in_use(path: Path) -> bool:
+    """Whether a process, this one too, holds the lock of a run's file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def forget(path: Path) -> None:
     """Remove a run's file and its head beside it."""
-    for one in (path, path.with_suffix(".json")):
+    for one in (path, path.with_suffix(".json"), path.with_suffix(".json.new")):
         try:
             one.unlink(missing_ok=True)
         except OSError as error:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import structlog
 
 from streamprior.account import PUBLISHED, Fate, RunAccount, account_line, stretches
-from streamprior.fates import SPAN, Fates, InUse, forget
+from streamprior.fates import SPAN, Fates, InUse, forget, in_use
 from streamprior.records import Detector, RunEnded, RunStarted
 
 __all__ = ["KEPT_BYTES", "KEPT_RUNS", "Ledger", "account_line", "answer", "read_ledger"]
@@ -78,6 +78,7 @@ class Ledger:
                 run.close(RunEnded(uid, "interrupted", last or (run.started.opened if run.started is not None else 0.0)))
                 interrupted.append(run.sums())
             self._forget()
+            self._sweep()
         return interrupted
 
     def open_run(self, run: RunStarted) -> None:
@@ -264,6 +265,21 @@ class Ledger:
                 self._unaccounted += run.unaccounted()
             if run.fates.path is not None:
                 forget(run.fates.path)
+
+    def _sweep(self) -> None:
+        """Files that could not be read stay for a person to look at, but no more than KEPT_RUNS of them."""
+        if self._folder is None:
+            return
+        known = {run.fates.path for run in self._earlier.values()}
+        strange = {self._folder / f"{path.name.partition('.')[0]}.fates" for path in self._folder.glob("*.*")} - known
+        for path in sorted(strange, key=_changed)[:-KEPT_RUNS]:
+            if not in_use(path):
+                forget(path)
+
+
+def _changed(path: Path) -> float:
+    """When a run's file, or its head where there is no file, was changed last; Unix seconds."""
+    return max((one.stat().st_mtime for one in (path, path.with_suffix(".json")) if one.exists()), default=0.0)
 
 
 def read_ledger(folder: Path) -> Ledger:

@@ -1,0 +1,453 @@
+"""The ledger outlives its process, costs a long run no memory, and goes on where the disk does not: real files, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from streamprior import ledger as module
+from streamprior.fates import SPAN
+from streamprior.ledger import KEPT_RUNS, Ledger, answer, read_ledger
+from streamprior.metrics import Meters
+from streamprior.records import Detector, RunEnded, RunStarted
+from tests.test_cli import streamprior
+
+RULES = Path(__file__).parents[1] / "deploy" / "prometheus-rules.yaml"
+
+
+def opened(folder: Path | None, *sinks: str, uid: str = "u", expected: int | None = None, at: float = 1000.0) -> Ledger:
+    ledger = Ledger(sinks or ("archive",), folder)
+    ledger.open_run(RunStarted(uid, "eiger", "S1", at, expected, Detector()))
+    return ledger
+
+
+def recalled(folder: Path) -> Ledger:
+    ledger = Ledger(["archive"], folder)
+    ledger.recall()
+    return ledger
+
+
+def in_a_process(code: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """A process of its own with a ledger's names at hand; it may kill itself."""
+    head = (
+        "import json, os, resource, signal, sys; from pathlib import Path; from streamprior.fates import SPAN;"
+        "from streamprior.ledger import Ledger; from streamprior.records import Detector, RunEnded, RunStarted\n"
+    )
+    command = [sys.executable, "-c", head + code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_restart_answers_as_the_process_before_it_did(tmp_path: Path) -> None:
+    ledger = opened(tmp_path, expected=9)
+    for index in (0, 1, 2, 5, 5, 6):
+        ledger.received("u", index, 1001.0 + index)
+    ledger.dropped("u", None, "decode", "duplicate")
+    ledger.turned_away("u", "receive", "queue_full")
+    ledger.published("u", "archive", [0, 2, 5])
+    ledger.dropped("u", 1, "archive", "unavailable")
+    ledger.quarantined("u", 6, "wrong_shape")
+    account = ledger.close_run(RunEnded("u", "end", 1100.0))
+    again = recalled(tmp_path)
+    assert again.earlier() == [account]
+    assert again.runs() == []
+    assert [again.why("u", index) for index in range(10)] == [ledger.why("u", index) for index in range(10)]
+    assert again.left_out("u") == ledger.left_out("u")
+    assert again.find("S1") == "u"
+    assert (again.total_received(), again.is_balanced(), again.in_flight()) == (0, True, 0), "of this process: nothing yet"
+
+
+def test_a_killed_process_leaves_all_it_knew_and_the_next_one_says_what_was_lost(tmp_path: Path) -> None:
+    done = in_a_process(
+        """
+ledger = Ledger(["archive"], Path(sys.argv[1]))
+ledger.open_run(RunStarted("u", "eiger", "S1", 1000.0, 400, Detector()))
+for index in range(300):
+    ledger.received("u", index, 1001.0 + index)
+ledger.published("u", "archive", range(200))
+ledger.dropped("u", 250, "archive", "disk_full")
+ledger.received("u", 7)
+ledger.received_unread("u")
+ledger.turned_away("u", "receive", "queue_full")
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        tmp_path,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    ledger = Ledger(["archive"], tmp_path)
+    (account,) = ledger.recall()
+    assert (account["reason"], account["received"], account["published"]) == ("interrupted", 303, 200)
+    assert account["dropped"] == {"archive/disk_full": 1, "path/crash": 101, "receive/queue_full": 1}
+    assert (account["in_flight"], account["missing"], account["balanced"]) == (0, 100, True)
+    assert ledger.left_out("u")["left_out"] == [
+        {"fate": "dropped at path: crash", "first": 200, "last": 249},
+        {"fate": "dropped at archive: disk_full", "first": 250, "last": 250},
+        {"fate": "dropped at path: crash", "first": 251, "last": 299},
+        {"fate": "never received", "first": 300, "last": 399},
+    ]
+    assert "killed while this frame was on its way" in ledger.why("u", 260)["why"]
+    assert recalled(tmp_path).earlier() == [account], "and it stays so"
+    assert Ledger(["archive"], tmp_path).recall() == []
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    ledger.received("u", 0)
+    other = Ledger(["archive"], tmp_path)
+    assert other.recall() == []
+    assert other.earlier() == []
+    ledger.published("u", "archive", [0])
+    assert ledger.close_run(RunEnded("u", "end", 1.0))["published"] == 1
+
+
+def test_looking_changes_nothing_and_shows_an_open_run_as_it_is(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    for index in range(3):
+        ledger.received("u", index)
+    ledger.published("u", "archive", [1])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    seen = read_ledger(tmp_path)
+    (account,) = seen.earlier()
+    assert (account["received"], account["published"], account["in_flight"], account["closed"]) == (3, 1, 2, None)
+    assert seen.frame("u", 0) == "in flight"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_leap_in_the_index_costs_one_piece_of_disk_and_a_long_run_a_few_mapped_ones(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    ledger.received("u", 0)
+    ledger.received("u", 9_999_999)
+    (file,) = tmp_path.glob("*.fates")
+    assert file.stat().st_blocks * 512 < 3 * 2**20
+    assert ledger.balance("u")["missing"] == 9_999_998
+    assert ledger.left_out("u")["left_out"][1] == {"fate": "never received", "first": 1, "last": 9_999_998}
+    assert ledger.why("u", 5_000_000)["before"]["frame"] == 0
+    for piece in range(20):
+        ledger.received("u", piece * SPAN + 1)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    assert 1 <= len(mapped) <= 4
+    descriptors = len(os.listdir("/proc/self/fd"))
+    ledger.published("u", "archive", [0, 9_999_999, *(piece * SPAN + 1 for piece in range(20))])
+    assert ledger.close_run(RunEnded("u", "end", 1.0))["balanced"]
+    assert len(os.listdir("/proc/self/fd")) < descriptors
+
+
+def test_every_second_frame_of_a_run_is_an_answer_of_bounded_length(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    for index in range(0, 100, 2):
+        ledger.received("u", index)
+    ledger.published("u", "archive", range(0, 100, 2))
+    found = ledger.left_out("u", most=10)
+    assert (len(found["left_out"]), found["more"]) == (10, 39)
+
+
+def test_a_range_that_crosses_two_pieces_is_one(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    for index in (0, 2 * SPAN + 1):
+        ledger.received("u", index)
+    assert [(one["first"], one["last"]) for one in ledger.left_out("u")["left_out"]] == [
+        (0, 0),
+        (1, 2 * SPAN),
+        (2 * SPAN + 1, 2 * SPAN + 1),
+    ]
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ledger = opened(tmp_path / "file" / "ledger")
+    assert not ledger.on_disk()
+    assert ledger.recall() == []
+    for index in range(3):
+        assert ledger.received("u", index)
+    assert not ledger.received("u", 1)
+    ledger.dropped("u", None, "decode", "duplicate")
+    ledger.published("u", "archive", range(3))
+    assert ledger.close_run(RunEnded("u", "end", 1.0))["balanced"]
+    assert ledger.frame("u", 2) == "published"
+
+
+def test_a_full_disk_costs_no_fate_and_what_it_did_not_take_is_written_once_there_is_room(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the same call fails at the same place."""
+    done = in_a_process(
+        """
+def room(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+ledger = Ledger(["archive"], Path(sys.argv[1]))
+room(2**21)
+ledger.open_run(RunStarted("u", "eiger", "S1", 1000.0, None, Detector()))
+assert ledger.on_disk()
+indices = [*range(0, 3 * SPAN, 1000)]
+for index in indices:
+    assert ledger.received("u", index, 1001.0)
+assert not ledger.on_disk()
+ledger.published("u", "archive", indices[:-1])
+assert ledger.frame("u", indices[-1]) == "in flight" and ledger.frame("u", indices[-2]) == "published"
+room(resource.RLIM_INFINITY)
+ledger.dropped("u", indices[-1], "archive", "disk_full")
+account = ledger.close_run(RunEnded("u", "end", 1100.0))
+assert ledger.on_disk() and account["balanced"]
+print(json.dumps([account, ledger.left_out("u")]))
+""",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    account, left_out = json.loads(done.stdout.splitlines()[-1])
+    assert "goes on in memory" in done.stdout + done.stderr
+    again = recalled(tmp_path)
+    assert again.earlier() == [account]
+    assert again.left_out("u") == left_out
+
+
+def test_kept_runs_are_bounded_in_number_over_restarts(tmp_path: Path) -> None:
+    for process in range(2):
+        ledger = recalled(tmp_path)
+        for n in range(KEPT_RUNS // 2 + 5):
+            uid = f"{process}-{n:02d}"
+            ledger.open_run(RunStarted(uid, "eiger", "S1", 1000.0 * (process + 1) + n, None, Detector()))
+            ledger.received(uid, 0)
+            ledger.published(uid, "archive", [0])
+            ledger.close_run(RunEnded(uid, "end", 1.0))
+    last = recalled(tmp_path)
+    uids = [account["run"] for account in last.earlier()]
+    assert len(uids) == KEPT_RUNS
+    assert (uids[0], "0-00" in uids) == (f"1-{KEPT_RUNS // 2 + 4}", False)
+    assert len([*tmp_path.iterdir()]) == 2 * KEPT_RUNS
+
+
+def test_kept_runs_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(["archive"], tmp_path)
+    for n in range(4):
+        ledger.open_run(RunStarted(f"{n}", "eiger", "S1", n, None, Detector()))
+        for index in (0, SPAN):
+            ledger.received(f"{n}", index)
+        ledger.published(f"{n}", "archive", (0, SPAN))
+        ledger.close_run(RunEnded(f"{n}", "end", 1.0))
+    monkeypatch.setattr(module, "KEPT_BYTES", 5 * 2**20)
+    assert {account["run"] for account in recalled(tmp_path).earlier()} == {"2", "3"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_what_cannot_be_read_is_said_and_hides_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n, uid in enumerate(("cut", "garbled", "headless", "whole")):
+        ledger = opened(tmp_path, uid=uid, at=n)
+        ledger.received(uid, 0)
+        ledger.published(uid, "archive", [0])
+        ledger.close_run(RunEnded(uid, "end", 1.0))
+    os.truncate(tmp_path / "cut.fates", 100_000)
+    (tmp_path / "garbled.json").write_text("{")
+    (tmp_path / "headless.json").write_text("[]")
+    assert [account["run"] for account in recalled(tmp_path).earlier()] == ["whole"]
+    said = capsys.readouterr().out
+    for name in ("cut.fates", "garbled.json", "headless.json"):
+        assert name in said
+    assert (tmp_path / "cut.fates").exists(), "left for a person to look at"
+
+
+def test_a_frame_that_never_came_is_told_with_its_neighbours_and_what_was_left_out_unread() -> None:
+    ledger = opened(None, expected=10)
+    for index in (1, 2, 5):
+        ledger.received("u", index, 1001.0 + index)
+    told = ledger.why("u", 3)
+    assert (told["fate"], told["received"], told["decided"], told["came"], told["expected"]) == ("never received", None, None, 3, 10)
+    assert (told["before"], told["after"]) == ({"frame": 2, "received": 1003.0}, {"frame": 5, "received": 1006.0})
+    assert re.search(r"between frame 2 \(.*\) and frame 5 \(.*\) came; 3 came of 10 expected$", told["why"])
+    assert "between the start of the run and frame 1" in ledger.why("u", 0)["why"]
+    assert "the last frame that came so far is 5" in ledger.why("u", 8)["why"]
+    assert "the run expected 10 frames, 0 to 9" in ledger.why("u", 2**70)["why"]
+    ledger.turned_away("u", "receive", "queue_full")
+    ledger.turned_away("u", "decode", "duplicate")
+    assert "1 messages were left out unread (receive/queue_full 1), and it may be one of them" in ledger.why("u", 3)["why"]
+
+
+def test_a_frame_is_told_with_its_times() -> None:
+    ledger = opened(None)
+    for index in range(3):
+        ledger.received("u", index, 1001.25)
+    ledger.published("u", "archive", [0])
+    ledger.dropped("u", 1, "archive", "unavailable")
+    safe, lost, flying = (ledger.why("u", index) for index in range(3))
+    assert safe["received"] == 1001.25
+    assert safe["decided"] > 1.7e9
+    assert re.search(r"received at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.250, safe \d+\.\d{3} s later", safe["why"])
+    assert "left out" in lost["why"]
+    assert "folder could not be written" in lost["why"]
+    assert (flying["decided"], "on its way" in flying["why"]) == (None, True)
+    ledger.close_run(RunEnded("u", "end", 1.0))
+    assert "please report it" in ledger.why("u", 2)["why"]
+
+
+def test_a_frame_that_a_room_lost_is_a_residue_and_an_alert_asks_for_it() -> None:
+    ledger = opened(None)
+    meters = Meters("eiger", ["classify"], ["archive"], ("core",), ["flux"])
+    meters.watch_ledger(ledger.unaccounted, ledger.on_disk)
+
+    def scraped() -> dict[str, float]:
+        families = text_string_to_metric_families(meters.render("text/plain")[0].decode())
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+    ledger.received("u", 0)
+    assert (scraped()["streamprior_ledger_residue"], scraped()["streamprior_ledger_on_disk"]) == (0, 0)
+    ledger.close_run(RunEnded("u", "end", 1.0))
+    assert scraped()["streamprior_ledger_residue"] == 1
+    for n in range(KEPT_RUNS + 1):
+        ledger.open_run(RunStarted(f"{n}", "eiger", "S1", 0.0, None, Detector()))
+        ledger.close_run(RunEnded(f"{n}", "end", 1.0))
+    assert scraped()["streamprior_ledger_residue"] == 1, "though the run is forgotten"
+
+
+def test_the_alerts_ask_for_metrics_that_there_are() -> None:
+    meters = Meters("eiger", ["classify"], ["archive"], ("core",), ["flux"])
+    meters.watch(lambda: 0, lambda: 0, {})
+    meters.watch_ledger(lambda: 0, lambda: True)
+    there = {sample.name for family in meters.registry.collect() for sample in family.samples}
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    assert {"StreampriorLedgerResidue", "StreampriorLedgerNotOnDisk"} <= {rule["alert"] for rule in rules}
+    for rule in rules:
+        asked = set(re.findall(r"streamprior_\w+", rule["expr"]))
+        assert asked
+        assert asked <= there, rule["alert"]
+        assert rule["annotations"]["summary"]
+
+
+def test_the_command_reads_a_folder_without_a_daemon(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    assert streamprior("ledger", "--folder", tmp_path).exit_code == 2
+    ledger = opened(folder, expected=6)
+    for index in range(4):
+        ledger.received("u", index)
+    ledger.published("u", "archive", [0, 1])
+    ledger.dropped("u", 2, "archive", "unavailable")
+    ledger.published("u", "archive", [3])
+    ledger.close_run(RunEnded("u", "end", 1.0))
+    said = streamprior("ledger", "--folder", tmp_path)
+    assert said.exit_code == 0
+    assert "4 received = 3 published + 1 (archive/unavailable 1) dropped" in said.output
+    assert (
+        "frame 2 of run u: dropped at archive: unavailable (received at" in streamprior("ledger", "--folder", folder, "--frame", 2).output
+    )
+    said = streamprior("ledger", "--folder", tmp_path, "--run", "u", "--left-out")
+    assert said.output.splitlines() == ["2: dropped at archive: unavailable", "4 to 5: never received"]
+    said = streamprior("ledger", "--folder", tmp_path, "--run", "v")
+    assert (said.exit_code, "no run v in" in said.output) == (2, True)
+
+
+INDICES = st.sampled_from([0, 1, 2, 3, 4, 7, SPAN - 1, SPAN, 3 * SPAN + 5])
+EVENTS = st.sampled_from(
+    ["frame"] * 4 + ["unread", "archive", "mirror", "page", "drop", "quarantine", "unread_out", "duplicate_out", "turned_away", "write_off"]
+)
+
+
+class Naive:
+    """The same account as an obvious program: every message in one list, with what became of it."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, str] = {}
+        self.have: dict[int, set[str]] = {}
+        self.others: Counter[str] = Counter()
+
+    def settle(self, index: int, fate: str) -> None:
+        if self.frames.get(index) == "in flight":
+            self.frames[index] = fate
+
+    def fates(self) -> Counter[str]:
+        return Counter(self.frames.values()) + self.others
+
+
+def tell(ledger: Ledger, naive: Naive, event: str, index: int) -> None:
+    """One event to both."""
+    if event == "frame":
+        new = ledger.received("u", index, 1001.0 + index)
+        assert new == (index not in naive.frames)
+        if new:
+            naive.frames[index] = "in flight"
+        else:
+            naive.others["in flight"] += 1
+    elif event == "unread":
+        ledger.received_unread("u")
+        naive.others["in flight"] += 1
+    elif event in ("unread_out", "duplicate_out"):
+        if naive.others["in flight"]:
+            naive.others["in flight"] -= 1
+            fate = "quarantined: not_cbor" if event == "unread_out" else "dropped at decode: duplicate"
+            naive.others[fate] += 1
+            ledger.quarantined("u", None, "not_cbor") if event == "unread_out" else ledger.dropped("u", None, "decode", "duplicate")
+    elif event == "turned_away":
+        ledger.turned_away("u", "receive", "queue_full")
+        naive.others["dropped at receive: queue_full"] += 1
+    elif event == "write_off":
+        lost = [one for one, fate in naive.frames.items() if fate == "in flight"]
+        assert ledger.write_off() == len(lost) + naive.others["in flight"]
+        for one in lost:
+            naive.frames[one] = "dropped at path: shutdown"
+        naive.others["dropped at path: shutdown"] += naive.others.pop("in flight", 0)
+    elif event in ("archive", "mirror", "page"):  # a block of two, as sinks take them; again and again, as they may
+        ledger.published("u", event, [index, index + 1])
+        for one in (index, index + 1):
+            if naive.frames.get(one) == "in flight" and event != "page":
+                naive.have.setdefault(one, set()).add(event)
+                if naive.have[one] == {"archive", "mirror"}:
+                    naive.frames[one] = "published"
+    elif event == "drop":
+        ledger.dropped("u", index, "archive", "unavailable")
+        naive.settle(index, "dropped at archive: unavailable")
+    else:
+        ledger.quarantined("u", index, "wrong_shape")
+        naive.settle(index, "quarantined: wrong_shape")
+
+
+def check(account: dict[str, Any], naive: Naive) -> None:
+    """The account's numbers are the naive ones, and their sum balances."""
+    fates = naive.fates()
+    assert account["received"] == sum(fates.values())
+    assert account["published"] == fates["published"]
+    assert account["in_flight"] == fates["in flight"]
+    assert account["quarantined"] == {words.removeprefix("quarantined: "): n for words, n in fates.items() if words[0] == "q" and n}
+    dropped = {words.removeprefix("dropped at ").replace(": ", "/"): n for words, n in fates.items() if words[0] == "d" and n}
+    assert account["dropped"] == dropped
+    assert account["residue"] == 0
+    assert account["received"] == account["published"] + sum(account["quarantined"].values()) + sum(dropped.values()) + account["in_flight"]
+
+
+@given(st.lists(st.tuples(EVENTS, INDICES), max_size=60), st.sampled_from([None, 5, 2 * SPAN]))
+@settings(max_examples=150, deadline=None)
+def test_after_any_history_the_sum_balances_and_disk_says_what_memory_said(history: list[tuple[str, int]], expected: int | None) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "ledger"
+        ledger, naive = opened(folder, "archive", "mirror", expected=expected), Naive()
+        for event, index in history:
+            tell(ledger, naive, event, index)
+            check(ledger.balance("u"), naive)
+        for index in range(SPAN + 2) if len(history) < 3 else (*range(9), SPAN - 1, SPAN, 3 * SPAN + 5):
+            assert ledger.frame("u", index) == naive.frames.get(index, "never received")
+        # A copy has no lock: what a kill at this moment leaves.
+        shutil.copytree(folder, Path(scratch) / "killed")
+        account = ledger.close_run(RunEnded("u", "end", 2000.0))
+        assert account["balanced"] == (account["in_flight"] == 0)
+        again = recalled(folder)
+        assert again.earlier() == [account]
+        assert again.left_out("u") == ledger.left_out("u")
+        assert [again.why("u", index) for index in (0, 3, 6, SPAN)] == [ledger.why("u", index) for index in (0, 3, 6, SPAN)]
+        assert answer(read_ledger(folder), None, 7, False) == answer(ledger, None, 7, False)
+
+        (killed,) = Ledger(["archive"], Path(scratch) / "killed").recall()
+        for index, fate in naive.frames.items():
+            naive.frames[index] = "dropped at path: crash" if fate == "in flight" else fate
+        naive.others["dropped at path: crash"] += naive.others.pop("in flight", 0)
+        check(killed, naive)
+        assert killed["balanced"]
+        assert {name: killed[name] for name in ("missing", "sinks")} == {name: account[name] for name in ("missing", "sinks")}
