@@ -117,10 +117,30 @@ class RunAccount:
         self._decide(fresh, PUBLISHED, at)
         return int(indices[np.isin(indices, fresh)][-1])
 
+    def settle_safe(self, indices: npt.NDArray[np.int64], at: float) -> None:
+        """Those of these frames that are in flight are published: every complete sink has them, whoever did not say so any more."""
+        fresh = np.unique(indices[self.fates.codes(indices) == IN_FLIGHT])
+        if len(fresh):
+            self._decide(fresh, PUBLISHED, at)
+
     def close(self, ended: RunEnded) -> None:
         self.closed, self.reason = ended.closed, ended.reason
+        self.mend()
         self.fates.release()
         self.save()
+
+    def mend(self) -> None:
+        """Offer the disk what it did not take, if there is anything."""
+        if not self.fates.failing:
+            return
+        self.fates.mend()
+        for number, count in self._others.items():
+            self.fates.put(number, count)
+        for n, count in enumerate(self._sinks.values()):
+            self.fates.put(_SINK_SLOT + n, count)
+        if self.closed is not None:
+            self.fates.release()
+            self.save()
 
     def write_off(self, fate: Fate, at: float) -> int:
         """Whatever is in flight gets this fate. Returns how many."""
@@ -136,6 +156,18 @@ class RunAccount:
             self._other(IN_FLIGHT, -others)
             self._other(self._number(fate), others)
         return count + others
+
+    def reopen(self, fates: Fates, lost: Fate) -> None:
+        """The run goes on: what got the fate `lost` has never come, so that it counts when it is read again."""
+        self.fates, self.closed, self.reason = fates, None, None
+        number = self._number(lost)
+        count, others = fates.unmake(number), self._others[number]
+        self._indexed[number] -= count
+        self._other(number, -others)
+        self.distinct -= count
+        self.received -= count + others
+        self.extent = self._counted()["extent"]
+        self.save()
 
     def in_flight(self) -> int:
         """From the frames themselves, not from the sums: a frame that a room lost stays visible here for ever."""

@@ -136,6 +136,18 @@ class Fates:
                 np.asarray(piece.decided)[within] = at
                 np.frombuffer(piece.fate, np.uint8)[within] = fate
 
+    def unmake(self, fate: int) -> int:
+        """Frames of this fate have never come. Returns how many that were."""
+        count = 0
+        for number in self.numbers():
+            piece = self._piece(number)
+            if piece is not None:
+                gone = np.flatnonzero(np.asarray(piece.fate) == fate)
+                np.asarray(piece.fate)[gone] = 0
+                np.asarray(piece.received)[gone] = np.asarray(piece.decided)[gone] = 0
+                count += len(gone)
+        return count
+
     def codes(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """The numbers of many frames' fates."""
         found = np.zeros(len(indices), np.uint8)
@@ -179,15 +191,26 @@ class Fates:
     def held_bytes(self) -> int:
         return len(self._held) * _PIECE_BYTES
 
-    def release(self) -> None:
-        """The run is over: what a full disk did not take is offered once more; descriptor, lock and mapped pieces go. Reading goes on."""
-        for number in [*self._held] if self._on_disk_at_all() else []:
+    def mend(self) -> None:
+        """Offer the disk what it did not take; `failing` is False where it now has all rows.
+
+        The account's own numbers are to be put again.
+        """
+        if self.path is None or self._look:
+            return
+        self.failing = False
+        if not self._on_disk_at_all():
+            self._on_disk.clear()
+            self._make(self.path)
+        for number in [] if self.failing else [*self._held]:
             piece = self._allocated(number)
             if piece is None:
                 break
             held = self._held.pop(number)
             piece.fate[:], piece.received[:], piece.decided[:] = held.fate, held.received, held.decided
-        self.failing = self.failing and (bool(self._held) or not self._on_disk_at_all())
+
+    def release(self) -> None:
+        """The run is over: descriptor, lock and mapped pieces go. Reading goes on."""
         self._mapped.clear()
         if self._file is not None:
             os.close(self._file)

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,9 @@ _MOST_RANGES = 10_000
 """Ranges of frames in one answer; every second frame of 1e7 would be five million."""
 
 
+_CRASH = Fate("dropped", "path", "crash")
+
+
 class Ledger:
     """Counts every frame once when it arrives and once when its fate is known; safe to call from any thread.
 
@@ -61,9 +64,12 @@ class Ledger:
         self._stray = RunAccount(None, Fates(None))  # messages that belong to no run, because none was open
         self._lock = threading.Lock()
 
-    def recall(self) -> list[dict[str, Any]]:
+    def recall(self, safe: Callable[[str], Iterable[int]] = lambda uid: ()) -> list[dict[str, Any]]:
         """Read what earlier processes left; runs they did not close are closed as `interrupted`, with what was in flight dropped at
         path: crash. Returns the accounts of these.
+
+        safe : called with the uid of each such run, tells the frames that every complete sink has; a process that is killed between
+            writing and saying so has left some of them in flight, which are published.
 
         What another process is writing is left alone; what cannot be read is said and left where it is.
         """
@@ -74,7 +80,8 @@ class Ledger:
                 if run.closed is not None:
                     continue
                 last = run.fates.last_time()
-                run.write_off(Fate("dropped", "path", "crash"), last)
+                run.settle_safe(np.fromiter(safe(uid), np.int64), last)
+                run.write_off(_CRASH, last)
                 run.close(RunEnded(uid, "interrupted", last or (run.started.opened if run.started is not None else 0.0)))
                 interrupted.append(run.sums())
             self._forget()
@@ -82,10 +89,16 @@ class Ledger:
         return interrupted
 
     def open_run(self, run: RunStarted) -> None:
+        """A run opens; one that `recall` found interrupted goes on. What it had in flight has then never come, and counts when it comes."""
         with self._lock:
+            if run.uid in self._earlier and self._resume(run.uid):
+                return
             path = self._folder / f"{quote(run.uid, safe='')}.fates" if self._folder is not None else None
             # Without mask and flat field: 64 runs of a 16M detector would keep 6 GB of them.
             self._runs[run.uid] = RunAccount(replace(run, detector=Detector(), metadata={}), Fates(path))
+            for one in self._runs.values():
+                if one.closed is not None:
+                    one.mend()
             self._forget()
 
     def received(self, uid: str, index: int, at: float | None = None) -> bool:
@@ -230,6 +243,17 @@ class Ledger:
     def is_balanced(self) -> bool:
         with self._lock:
             return not any(run.unaccounted() for run in self._own())
+
+    def _resume(self, uid: str) -> bool:
+        """Whether the run of an earlier process can go on."""
+        earlier = self._earlier.pop(uid)
+        try:
+            earlier.reopen(Fates(earlier.fates.path, "again"), _CRASH)
+        except (InUse, OSError, ValueError) as error:
+            log.warning("a run goes on with a new ledger: the one it had cannot be read", run=uid, error=str(error))
+            return False
+        self._runs[uid] = earlier
+        return True
 
     def _own(self) -> list[RunAccount]:
         return [*self._runs.values(), self._stray]

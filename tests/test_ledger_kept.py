@@ -104,6 +104,43 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert Ledger(["archive"], tmp_path).recall() == []
 
 
+def killed(folder: Path) -> Path:
+    """What is left in a ledger's folder when its process is killed now: a copy, which has no lock."""
+    return Path(shutil.copytree(folder, folder.parent / "killed"))
+
+
+def test_frames_that_the_archive_has_are_not_lost_though_the_ledger_was_not_told(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "ledger")
+    for index in range(5):
+        ledger.received("u", index)
+    ledger.published("u", "archive", [0])
+    again = Ledger(["archive"], killed(tmp_path / "ledger"))
+    (account,) = again.recall(lambda uid: [0, 1, 2] if uid == "u" else [])
+    assert (account["published"], account["dropped"], account["balanced"]) == (3, {"path/crash": 2}, True)
+    assert [again.frame("u", index) for index in (2, 3)] == ["published", "dropped at path: crash"]
+
+
+def test_an_interrupted_run_that_goes_on_counts_what_is_read_again_once(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "ledger", expected=8)
+    for index in (0, 1, 2, 3, SPAN):
+        ledger.received("u", index)
+    ledger.received_unread("u")
+    ledger.published("u", "archive", [0, 1])
+    folder = killed(tmp_path / "ledger")
+    again = Ledger(["archive"], folder)
+    again.recall()
+    again.open_run(RunStarted("u", "eiger", "S1", 1000.0, 8, Detector()))
+    account = again.balance("u")
+    assert (account["received"], account["published"], account["dropped"], account["closed"]) == (2, 2, {}, None)
+    assert again.earlier() == []
+    assert [again.received("u", index) for index in (1, 2, 3, 4)] == [False, True, True, True]
+    again.dropped("u", None, "decode", "duplicate")
+    again.published("u", "archive", [2, 3, 4])
+    account = again.close_run(RunEnded("u", "end", 2000.0))
+    assert (account["received"], account["published"], account["missing"], account["balanced"]) == (6, 5, 3, True)
+    assert recalled(folder).earlier() == [account]
+
+
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     ledger.received("u", 0)
@@ -178,6 +215,24 @@ def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
     ledger.published("u", "archive", range(3))
     assert ledger.close_run(RunEnded("u", "end", 1.0))["balanced"]
     assert ledger.frame("u", 2) == "published"
+
+
+def test_runs_that_could_not_be_written_are_once_the_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "ledger"
+    ledger = opened(folder)
+    for index in range(3):
+        ledger.received("u", index)
+    ledger.turned_away("u", "receive", "queue_full")
+    ledger.published("u", "archive", range(3))
+    account = ledger.close_run(RunEnded("u", "end", 1.0))
+    assert not ledger.on_disk()
+    (tmp_path / "file").unlink()
+    ledger.open_run(RunStarted("v", "eiger", "S2", 2000.0, None, Detector()))
+    assert ledger.on_disk()
+    (found,) = recalled(folder).earlier()
+    assert found == account
+    assert ledger.why("u", 1) == recalled(folder).why("u", 1)
 
 
 def test_a_full_disk_costs_no_fate_and_what_it_did_not_take_is_written_once_there_is_room(tmp_path: Path) -> None:
