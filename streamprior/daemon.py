@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +39,7 @@ from streamprior.runs import Runs
 from streamprior.seams import Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
 from streamprior.service import Service
-from streamprior.sinks.archive import Archive
+from streamprior.sinks.archive import Archive, archived_frames
 from streamprior.sinks.bluesky_run import mirror_as_documents
 from streamprior.sinks.catalog import mirror_archive
 from streamprior.sinks.live import LatestArrays
@@ -173,7 +174,7 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         daemon.archive.open()
     except SinkUnavailable as error:
         raise ConfigError(f"archive.folder: {error}") from None
-    for account in daemon.ledger.recall():
+    for account in daemon.ledger.recall(partial(_archived, daemon.config.archive.folder)):
         log.warning("run was interrupted: the process that had it open was killed", run=account["run"], ledger=account_line(account))
     log.info("warming up", kernels=str(state_folder()))
     _keep_freed_memory()
@@ -196,6 +197,15 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     if daemon.pipeline.failure is not None or not daemon.ledger.is_balanced():
         return EXIT_OURS
     return EXIT_OK if drained else EXIT_NOT_DRAINED
+
+
+def _archived(folder: Path, uid: str) -> list[int]:
+    """Frames of a run that the archive has; none where what a kill left of it cannot be read."""
+    try:
+        return [int(index) for index in archived_frames(folder, uid)]
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("the archive of an interrupted run cannot be read: what was on its way counts as lost", run=uid, error=str(error))
+        return []
 
 
 def _keep_freed_memory() -> None:

@@ -169,6 +169,35 @@ def test_odd_questions_are_answered_without_an_error_of_ours(place: Path) -> Non
         assert running.get(f"/ledger?frame={2**70}")["fate"] == "never received"
 
 
+def test_after_a_kill_the_next_daemon_knows_every_frame_of_the_run_that_was_cut_short(place: Path) -> None:
+    frames = diffraction(count=40)
+    with daemon(place, archive={"chunk_frames": 4}) as running:
+        with running.sender() as push:
+            push.send(encode_start(1, "S1", Detector(shape=frames.shape[1:]), 50, frames.dtype, {}))
+            for message in series(frames)[1:-1]:
+                push.send(message)
+            while not running.get("/status")["ledger"] or running.get("/status")["ledger"]["published"] < 8:
+                pass
+        uid = running.get("/status")["run"]
+        running.process.kill()
+        running.process.communicate()
+    with daemon(place) as again:
+        (event,) = [event for event in again.log if event["event"].startswith("run was interrupted") and event["run"] == uid]
+        account = again.get(f"/ledger?run={uid}")
+        archived = set(read_run(run_folders(place / "archive")[0]).frames["index"].to_pylist())
+        assert (account["reason"], account["balanced"], account["published"]) == ("interrupted", True, len(archived))
+        assert account["received"] == len(archived) + account["dropped"].get("path/crash", 0)
+        assert f"{account['received']} received" in event["ledger"]
+        assert account["missing"] == 50 - account["received"]
+        assert uid in {one["run"] for one in again.get("/ledger")["earlier"]}
+        assert again.get("/status")["ledger"] is None, "no run of this process yet"
+        told = {index: again.get(f"/ledger?run={uid}&frame={index}") for index in range(50)}
+        assert {index for index, one in told.items() if one["fate"] == "published"} == archived
+        assert told[49]["fate"] == "never received"
+        assert f"{account['received']} came of 50 expected" in told[49]["why"]
+        assert again.leave()[0] == 0
+
+
 def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path) -> None:
     class Failing(Scripted):
         def receive(self, timeout_s: float) -> bytes | None:

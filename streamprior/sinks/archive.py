@@ -26,7 +26,7 @@ from streamprior.prior import Prior
 from streamprior.records import NOT_MEASURED, Flag, MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.sinks.chunks import FrameArray, Layout, replace_whole
 from streamprior.sinks.mosaic_file import MOSAIC_FILE, summary, write_mosaic
-from streamprior.sinks.rows import FrameTable, read_table
+from streamprior.sinks.rows import FrameTable, read_indices, read_table
 
 log = structlog.get_logger(__name__)
 
@@ -336,6 +336,14 @@ def read_run(folder: Path) -> ArchivedRun:
     arrays = {name: np.asarray(zarr.open_array(folder / name, mode="r")[: about["extent"]]) for name in about["arrays"]}
     objects = arrays.get("objects", np.empty((0, 0, 0), np.complex64))
     return ArchivedRun(about, arrays["classes"], objects, read_table(folder / "frames"))
+
+
+def archived_frames(folder: Path, uid: str) -> npt.NDArray[np.int64]:
+    """(N,) indices of a run's frames that an archive has whole; none where it does not know the run."""
+    for run in folder.glob(f"*-{uid[:8]}"):
+        if (run / RUN_FILE).exists() and read_about(run)["uid"] == uid:
+            return read_indices(run / "frames")
+    return np.empty(0, np.int64)
 
 
 def _origin_of(about: Mapping[str, Any]) -> dict[str, Any]:

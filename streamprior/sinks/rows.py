@@ -242,3 +242,9 @@ def read_table(folder: Path) -> pa.Table:
     """The whole frames table, sorted by index; an empty table without columns where no part was written."""
     parts = part_paths(folder)
     return pa.concat_tables([pq.read_table(path) for path in parts]) if parts else pa.table({})
+
+
+def read_indices(folder: Path) -> npt.NDArray[np.int64]:
+    """(N,) indices of the frames in a frames table, as its parts have them; nothing else of a long run is read."""
+    parts = [pq.read_table(path, columns=["index"])["index"].to_numpy() for path in part_paths(folder)]
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
