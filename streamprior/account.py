@@ -381,12 +381,13 @@ def account_line(account: Mapping[str, Any]) -> str:
     def by_reason(total: dict[str, int]) -> str:
         return f"{sum(total.values())}" + (f" ({_listed(total)})" if total else "")
 
-    opened = time.strftime("%H:%M:%S", time.localtime(account["opened"])) if account["opened"] else "--:--:--"
+    opened = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(account["opened"])) if account["opened"] else "-"
     whose = f"{account['series'] or 'no run'} ({(account['run'] or '-')[:8]})"
     return (
         f"{opened} {whose}: {account['received']} received = {account['published']} published"
         f" + {by_reason(account['dropped'])} dropped + {by_reason(account['quarantined'])} quarantined + {account['in_flight']} in flight;"
-        f" {account['missing']} missing; {'balanced' if account['balanced'] else 'NOT BALANCED, residue ' + str(account['residue'])}"
+        f" {account['missing']} missing;{' interrupted;' if account['reason'] == 'interrupted' else ''}"
+        f" {'balanced' if account['balanced'] else 'NOT BALANCED, residue ' + str(account['residue'])}"
     )
 
 

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -604,10 +604,7 @@ def ledger(
     elif "left_out" in found:
         _print_left_out(found)
     else:
-        _print_accounts(found.get("runs", [found]))
-        if found.get("earlier"):
-            out.print("of earlier processes:")
-            _print_accounts(found["earlier"])
+        _print_accounts(found.get("runs", [found]), found.get("earlier", ()))
     raise typer.Exit(0 if found.get("balanced", True) else 1)
 
 
@@ -731,12 +728,13 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _print_accounts(accounts: list[dict[str, Any]]) -> None:
+def _print_accounts(accounts: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]] = ()) -> None:
+    """A line each; `earlier` are those of processes before this one."""
     from streamprior.ledger import account_line
 
-    for account in accounts:
+    for account in (*accounts, *earlier):
         out.print(account_line(account), markup=False, highlight=False, soft_wrap=True)
-    if not accounts:
+    if not accounts and not earlier:
         out.print("no run yet")
 
 

@@ -204,7 +204,7 @@ def _state() -> str:
             pass
     except OSError as error:
         raise ConfigError(f"state folder {folder} cannot be written ({error.strerror}); set STREAMPRIOR_STATE to one that can") from None
-    return f"{folder} keeps compiled kernels, FFT plans and quarantined messages"
+    return f"{folder} keeps compiled kernels, FFT plans, the ledger and quarantined messages"
 
 
 def _fft() -> str:
