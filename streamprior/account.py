@@ -20,6 +20,7 @@ _SINK_SLOT = 256
 """In the file's head: below, messages without an index by their fate; from here on, frames that each sink took."""
 
 _WHY = {
+    ("classify", "overload"): "the path was behind, and its index one of those left out meanwhile; `streamprior catchup` computes it later",
     ("path", "shutdown"): "the daemon was told to leave and runs.drain_s was over before this frame was through",
     ("path", "crash"): "the process was killed while this frame was on its way",
     ("archive", "unavailable"): "the archive's folder could not be written, and the time to drain was over before it could be again",
@@ -64,6 +65,7 @@ class RunAccount:
         self.reason: str | None = None
         # Fates beyond the first three are numbered as they first occur. Stages and reasons are words of the code, some forty in all.
         self._names = [Fate("never received"), Fate("in flight"), Fate("published")]
+        self._numbers = {fate: number for number, fate in enumerate(self._names)}
         self._indexed: Counter[int] = Counter()  # by number of the fate
         self._others: Counter[int] = Counter()  # the same, of what has no index or had its index before
         self._sinks: Counter[str] = Counter()
@@ -98,7 +100,10 @@ class RunAccount:
             self._other(self._number(fate), 1)
         elif self.fates.code(index) == IN_FLIGHT:
             self._partly.pop(index, None)
-            self._decide(np.array([index], np.int64), self._number(fate), at)
+            number = self._number(fate)
+            self.fates.decide_one(index, number, at)
+            self._indexed[number] += 1
+            self.flying -= 1
 
     def take(self, sink: str, indices: npt.NDArray[np.int64], complete: frozenset[str], at: float) -> int | None:
         """`sink` has these frames safe; those that all complete ones have are published. Returns the last such index, or None."""
@@ -277,10 +282,12 @@ class RunAccount:
         self.fates.put(number, self._others[number])
 
     def _number(self, fate: Fate) -> int:
-        if fate not in self._names:
+        number = self._numbers.get(fate)
+        if number is None:
+            number = self._numbers[fate] = len(self._names)
             self._names.append(fate)
             self.save()  # before its number is in the file
-        return self._names.index(fate)
+        return number
 
     def _of(self, number: int) -> int:
         return self._indexed[number] + self._others[number]
@@ -307,6 +314,7 @@ class RunAccount:
         account.started = RunStarted(head["run"], head["source"], head["series"], head["opened"], head["expected"], Detector())
         account.fates, account.closed, account.reason = fates, head["closed"], head["reason"]
         account._names = [Fate(**one) for one in head["fates"]]
+        account._numbers = {fate: number for number, fate in enumerate(account._names)}
         slots = fates.slots()
         account._others = Counter({number: slots[number] for number in range(len(account._names))})
         account._sinks = Counter({sink: slots[_SINK_SLOT + n] for n, sink in enumerate(head["sinks"])})

@@ -127,6 +127,13 @@ class Fates:
         # The fate last: a process that is killed between the two leaves a frame that never came.
         piece.fate[index % SPAN] = fate
 
+    def decide_one(self, index: int, fate: int, at: float) -> None:
+        """As `decide`, of one frame: under overload thousands a second are left out one by one."""
+        piece = self._piece(index // SPAN)
+        if piece is not None:
+            piece.decided[index % SPAN] = at
+            piece.fate[index % SPAN] = fate
+
     def decide(self, indices: npt.NDArray[np.int64], fate: int, at: float) -> None:
         """The fate of frames that have arrived, and when it was decided."""
         for number in np.unique(indices // SPAN):
