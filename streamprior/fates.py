@@ -293,7 +293,7 @@ class Fates:
 
     def _fail(self, error: OSError | ValueError) -> None:
         if not self.failing:
-            log.warning("the ledger cannot be written and goes on in memory", file=str(self.path), error=str(error))
+            log.warning("a file of the ledger cannot be used, and what is new goes on in memory", file=str(self.path), error=str(error))
         self.failing = True
 
 

@@ -313,6 +313,21 @@ def test_what_cannot_be_read_is_said_and_hides_nothing_else(tmp_path: Path, caps
     assert (tmp_path / "cut.fates").exists(), "left for a person to look at"
 
 
+def test_files_that_cannot_be_read_are_bounded_in_number_too(tmp_path: Path) -> None:
+    living = opened(tmp_path, uid="living")
+    for n in range(KEPT_RUNS + 10):
+        (tmp_path / f"{n:03d}.json").write_text("{")
+        (tmp_path / f"{n:03d}.fates").write_text("")
+        for suffix in ("json", "fates"):
+            os.utime(tmp_path / f"{n:03d}.{suffix}", (n, n))
+    recalled(tmp_path)
+    left = {path.stem for path in tmp_path.glob("*.fates")}
+    assert len(left) <= KEPT_RUNS
+    assert {"living", f"{KEPT_RUNS + 9:03d}"} <= left
+    assert "000" not in left
+    living.close_run(RunEnded("living", "end", 1.0))
+
+
 def test_a_frame_that_never_came_is_told_with_its_neighbours_and_what_was_left_out_unread() -> None:
     ledger = opened(None, expected=10)
     for index in (1, 2, 5):
