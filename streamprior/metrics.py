@@ -25,6 +25,7 @@ DROP_REASONS = (
     ("decode", "late"),
     ("classify", "overload"),
     ("archive", "unavailable"),
+    ("archive", "disk_full"),
     ("path", "shutdown"),
 )
 
@@ -79,6 +80,7 @@ class Meters:
         every = Gauge("every_nth_frame", "Every n-th frame goes through a step; 0: none does.", ["step"], **ns)
         every.labels("refine").set_function(lambda: self.refine_every)
         every.labels("classify").set_function(lambda: self.classify_every)
+        self._space = _space_gauges(ns)
         self._build = Info("build", "Version and identity of what runs.", **ns)
 
     def build_info(self, **facts: str) -> None:
@@ -155,9 +157,20 @@ class Meters:
     def sink_up(self, sink: str, up: bool) -> None:
         self._up[sink].set(up)
 
+    def watch_space(self, free_bytes: Callable[[], float], level: Callable[[], float]) -> None:
+        """Look the archive's disk up at every scrape: neither call may wait for that disk."""
+        for gauge, look in zip(self._space, (free_bytes, level), strict=True):
+            gauge.set_function(look)
+
     def watch(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
         """Numbers that are looked up when somebody scrapes, instead of being kept up to date for nobody."""
         self.registry.register(_AtScrape(in_flight, missing, queues))
+
+
+def _space_gauges(ns: Mapping[str, Any]) -> tuple[Gauge, Gauge]:
+    free = Gauge("archive_free_bytes", "Bytes free on the archive's disk; NaN where not known.", **ns)
+    free.set(float("nan"))
+    return free, Gauge("archive_space_level", "0: room; 1: nearly full, a warning; 2: full, nothing is archived.", **ns)
 
 
 def _mosaic_gauges(ns: Mapping[str, Any]) -> tuple[dict[Place, Gauge], dict[str, Gauge]]:
