@@ -18,10 +18,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
+from streamprior.config import Config
 from streamprior.errors import DiskFull, SinkUnavailable
 from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
+from streamprior.preflight import Finding, inspect
 from streamprior.prior import save_prior
 from streamprior.records import RunEnded
 from streamprior.sinks.archive import Archive, frame_bytes, read_run, run_folders, run_key
@@ -191,6 +193,46 @@ def test_frames_that_were_given_up_leave_no_row_behind_and_those_after_them_are_
     archive.end(RunEnded(UID, "end", 1.0))
     archive.close()
     check_frames(disk / "archive" / KEY, [*range(told), *after])
+
+
+def test_rows_for_which_there_was_no_room_do_not_come_with_later_ones_when_they_were_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make_archive(tmp_path / "archive")
+    archive.open()
+    archive.begin(make_run())
+    archive.write([make_result(index) for index in range(4)])
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pyarrow.parquet.write_table", full)
+        with pytest.raises(DiskFull):
+            archive.write([make_result(index) for index in range(4, 8)])
+    archive.write([make_result(index) for index in range(8, 12)])
+    archive.close()
+    check_frames(tmp_path / "archive" / KEY, [0, 1, 2, 3, 8, 9, 10, 11])
+
+
+def test_check_tells_that_a_recording_will_not_fit(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_prior(small_prior(), tmp_path / "prior.h5")
+    monkeypatch.setattr("streamprior.preflight._LEAST_FREE_BYTES", 0)
+
+    def finding(frames: int) -> Finding:
+        np.save(tmp_path / "frames.npy", np.zeros((frames, 32, 32), np.uint16))
+        config = Config(
+            prior=tmp_path / "prior.h5",
+            source={"kind": "file", "path": tmp_path / "frames.npy"},
+            archive={"folder": disk, "short_mb": 0, "full_mb": 1},
+        )
+        return next(one for one in inspect(config) if one.what == "archive")
+
+    assert finding(100).fine
+    assert "frames at least" in finding(100).sentence
+    too_many = finding(3000)
+    assert not too_many.fine
+    assert "the source has 3000" in too_many.sentence
 
 
 def test_a_disk_below_its_last_limit_takes_no_results_but_starts_and_ends_of_runs(disk: Path) -> None:

@@ -14,7 +14,7 @@ from streamprior.errors import DiskFull
 log = structlog.get_logger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks. At the rate of the issue's load (1,000 frames/s with objects, 25 MB/s) a look is 25 MB late."""
+"""Between two looks. 1,000 frames/s with objects are 25 MB/s: a look is so much late."""
 
 BACK = 1.25
 """Times a limit must be free again before its state is left: a limit that is crossed with every file would ring all day."""
@@ -23,7 +23,7 @@ BACK = 1.25
 class SpaceWatch:
     """Looks at the disk under a folder, in a thread of its own: of a network disk that hangs, the question hangs too.
 
-    Reading `free_bytes` (NaN until the first look), `short` and `full` is safe from any thread and never waits.
+    Reading `free_bytes` (NaN where not known), `short` and `full` is safe from any thread and never waits.
 
     Parameters
     ----------
@@ -60,10 +60,11 @@ class SpaceWatch:
         self._leaving.set()
 
     def look(self) -> None:
-        """Measure, and say aloud what has changed. A folder that is gone changes nothing: whoever writes there finds that out."""
+        """Measure, and say aloud what has changed. Of a folder that is gone nothing is known: whoever writes there says what to do."""
         try:
             disk = os.statvfs(self._folder)
         except OSError:
+            self.free_bytes = math.nan
             return
         free = disk.f_bavail * disk.f_frsize
         before = self.level
