@@ -91,7 +91,12 @@ def build(
     frames = _frames(config, feed)
     readings = _readings(config)
     joiner = Joiner(config.positions, separate=readings is not None)
-    space = SpaceWatch(config.archive.folder, config.archive.short_mb * _MIB, config.archive.full_mb * _MIB)
+    space = SpaceWatch(
+        config.archive.folder,
+        config.archive.short_mb * _MIB,
+        config.archive.full_mb * _MIB,
+        lambda short: ladder.hold("a nearly full disk", short),
+    )
     mirrors, archive, live = _sinks(config, prior, recipe, space)
     sinks: list[Sink] = [archive, *live]
     ledger = Ledger(sink.name for sink in sinks if sink.complete)

@@ -85,7 +85,8 @@ def check_frames(folder: Path, indices: list[int]) -> None:
 
 
 def test_a_disk_is_short_then_full_then_has_room_again_and_each_is_told_once(disk: Path) -> None:
-    space = SpaceWatch(disk, short_bytes=MIB, full_bytes=MIB // 4)
+    shortage: list[bool] = []
+    space = SpaceWatch(disk, MIB, MIB // 4, shortage.append)
     with capture_logs() as logs:
         space.look()
         assert (space.level, space.short, space.full) == (0, False, False)
@@ -103,6 +104,7 @@ def test_a_disk_is_short_then_full_then_has_room_again_and_each_is_told_once(dis
         space.look()
         space.check()
         assert space.level == 0
+    assert shortage == [True, False], "who can leave something out hears of it once"
     assert [line["log_level"] for line in logs] == ["error", "error", "info"]
     assert ["nearly full" in line["event"] for line in logs] == [True, False, False]
 
@@ -447,6 +449,8 @@ def test_a_daemon_on_a_disk_that_fills_says_so_goes_on_and_archives_again_when_t
     settings = {"archive": {"folder": str(disk / "archive"), "short_mb": 1, "full_mb": 0}, "queues": {"outbox_mb": 1}}
     with daemon(tmp_path, **settings) as running, running.sender() as push:
         ballast = fill(disk, 64 * 1024)
+        level = running.until("degradation level changed")
+        assert (level["refine_every"], level["classify_every"], level["why"]) == (0, 1, "a nearly full disk")
         running.until("disk nearly full: free space on it, or the archive will stop")
         for message in series(diffraction(count=400)):
             push.send(message)

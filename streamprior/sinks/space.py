@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -30,12 +31,14 @@ class SpaceWatch:
     folder : on the disk that is looked at.
     short_bytes : with less than these free, `short`: what can be left out is to be left out (refinement, whose objects are most of it).
     full_bytes : with less, `full`: nothing large is written, so that the ends of runs still find room.
+    shortage : called with True when the disk becomes short, with False when it has room again.
     """
 
-    def __init__(self, folder: Path, short_bytes: int, full_bytes: int) -> None:
+    def __init__(self, folder: Path, short_bytes: int, full_bytes: int, shortage: Callable[[bool], None] = lambda short: None) -> None:
         self.free_bytes = math.nan
         self._folder, self._short_bytes, self._full_bytes = folder, max(short_bytes, full_bytes), full_bytes
         self._low = self._empty = False
+        self._shortage = shortage
         self._refused = False  # the disk itself said so: a quota, which no look at the disk shows
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="space", daemon=True)
@@ -112,6 +115,8 @@ class SpaceWatch:
             self.look()
 
     def _tell(self, before: int) -> None:
+        if (self.level > 0) != (before > 0):
+            self._shortage(self.short)
         facts = {"folder": str(self._folder), "free_bytes": self.free_bytes}
         if self.level > before and self.full:
             log.error("disk full: nothing is archived until there is room; free space on it", **facts)
