@@ -80,6 +80,7 @@ def example_meters() -> Meters:
     meters.build_info(version="", prior="", configuration="", device="")
     meters.watch(lambda: 0, lambda: 0, {"receive": lambda: 0})
     meters.watch_ledger(lambda: 0, lambda: True)
+    meters.watch_path(lambda: False)
     return meters
 
 

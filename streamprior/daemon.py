@@ -38,7 +38,7 @@ from streamprior.records import MosaicImage
 from streamprior.runs import Runs
 from streamprior.seams import Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
-from streamprior.service import Service
+from streamprior.service import STALL_S, Service
 from streamprior.sinks.archive import Archive, archived_frames
 from streamprior.sinks.bluesky_run import mirror_as_documents
 from streamprior.sinks.catalog import mirror_archive
@@ -46,6 +46,7 @@ from streamprior.sinks.live import LatestArrays
 from streamprior.sinks.mirror import Mirror
 from streamprior.sinks.page import LivePage
 from streamprior.sinks.prometheus import Prometheus
+from streamprior.sinks.space import SpaceWatch
 from streamprior.sources.files import AsRead, file_source, open_recording
 from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import check_shape
@@ -72,6 +73,7 @@ class Daemon:
     readings: Source | None
     pipeline: Pipeline
     archive: Archive
+    space: SpaceWatch
     mirrors: Mapping[str, Mirror]
     server: HttpServer
     mosaic: MosaicRoom | None = None
@@ -90,7 +92,13 @@ def build(
     frames = _frames(config, feed)
     readings = _readings(config)
     joiner = Joiner(config.positions, separate=readings is not None)
-    mirrors, archive, live = _sinks(config, prior, recipe)
+    space = SpaceWatch(
+        config.archive.folder,
+        config.archive.short_mb * _MIB,
+        config.archive.full_mb * _MIB,
+        lambda short: ladder.hold("a nearly full disk", short),
+    )
+    mirrors, archive, live = _sinks(config, prior, recipe, space)
     sinks: list[Sink] = [archive, *live]
     ledger = Ledger((sink.name for sink in sinks if sink.complete), state_folder() / "ledger")
     page = LivePage(prior)
@@ -99,7 +107,8 @@ def build(
     meters.build_info(
         version=__version__, prior=prior.content_hash, configuration=config.content_hash, device=device(config.compute.backend)
     )
-    outboxes = [Outbox(sink, config.queues.outbox_mb * _MIB, ledger, meters) for sink in sinks if sink.complete]
+    drop = config.archive.when_full == "drop" or (config.archive.when_full == "auto" and config.source.kind not in ("file", "tiled"))
+    outboxes = [Outbox(sink, config.queues.outbox_mb * _MIB, ledger, meters, drop_when_full=drop) for sink in sinks if sink.complete]
     # A live sink holds no more than a few results: it shows the newest.
     shown: list[Sink] = [*live, page, Prometheus(meters)]
     outboxes += [Outbox(sink, _MIB, ledger, meters) for sink in shown]
@@ -150,7 +159,9 @@ def build(
     }
     queues |= {outbox.sink.name: _bytes_of(outbox) for outbox in outboxes}
     meters.watch(ledger.in_flight, ledger.missing, queues)
+    meters.watch_path(lambda: bool(pipeline.stalled(STALL_S)))
     meters.watch_ledger(ledger.unaccounted, ledger.on_disk)
+    meters.watch_space(lambda: space.free_bytes, lambda: space.level)
 
     def ready() -> dict[str, bool]:
         state = {f"sink_{outbox.sink.name}": outbox.up for outbox in outboxes}
@@ -159,7 +170,17 @@ def build(
 
     server = HttpServer(make_app(meters, ledger, page, ready), config.http)
     return Daemon(
-        config, recipe, ledger, frames.source, readings.source if readings is not None else None, pipeline, archive, mirrors, server, room
+        config,
+        recipe,
+        ledger,
+        frames.source,
+        readings.source if readings is not None else None,
+        pipeline,
+        archive,
+        space,
+        mirrors,
+        server,
+        room,
     )
 
 
@@ -176,6 +197,7 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         raise ConfigError(f"archive.folder: {error}") from None
     for account in daemon.ledger.recall(partial(_archived, daemon.config.archive.folder)):
         log.warning("run was interrupted: the process that had it open was killed", run=account["run"], ledger=account_line(account))
+    daemon.space.look()
     log.info("warming up", kernels=str(state_folder()))
     _keep_freed_memory()
     daemon.recipe.warm_up()
@@ -185,6 +207,7 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     gc.collect()
     gc.freeze()
     daemon.server.start()
+    daemon.space.start()
     try:
         daemon.source.open()
         if daemon.readings is not None:
@@ -193,6 +216,7 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         for mirror in daemon.mirrors.values():
             mirror.close(daemon.config.runs.drain_s if drained else 0.0)
     finally:
+        daemon.space.stop()
         daemon.server.stop()
     if daemon.pipeline.failure is not None or not daemon.ledger.is_balanced():
         return EXIT_OURS
@@ -330,7 +354,7 @@ def _readings(config: Config) -> Wire | None:
     return Wire(source, DocumentsDecoder(source.name, config.documents, positions, False, most))
 
 
-def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[dict[str, Mirror], Archive, list[Sink]]:
+def _sinks(config: Config, prior: Prior, recipe: Recipe, space: SpaceWatch) -> tuple[dict[str, Mirror], Archive, list[Sink]]:
     """The archive, what mirrors it in Tiled where the configuration names one, and what shows the newest there."""
     provenance = {
         "prior_hash": prior.content_hash,
@@ -353,7 +377,14 @@ def _sinks(config: Config, prior: Prior, recipe: Recipe) -> tuple[dict[str, Mirr
             mirror.announce(folder)
 
     archive = Archive(
-        config.archive.folder, prior, provenance, growth, recipe.drift_columns, config.archive.chunk_frames, config.recipe != "ptycho"
+        config.archive.folder,
+        prior,
+        provenance,
+        growth,
+        recipe.drift_columns,
+        config.archive.chunk_frames,
+        config.recipe != "ptycho",
+        space,
     )
     return mirrors, archive, live
 

@@ -57,3 +57,7 @@ class PriorError(ConfigError):
 
 class SinkUnavailable(Exception):  # noqa: N818 - it names a state of the world
     """The world's fault (disk, network, Tiled): retried with back-off while the ledger keeps count."""
+
+
+class DiskFull(SinkUnavailable):
+    """No room on the disk: it may last for hours, so an archive may be told to go on without (`archive.when_full`)."""

@@ -25,6 +25,7 @@ DROP_REASONS = (
     ("decode", "late"),
     ("classify", "overload"),
     ("archive", "unavailable"),
+    ("archive", "disk_full"),
     ("path", "shutdown"),
 )
 
@@ -79,6 +80,7 @@ class Meters:
         every = Gauge("every_nth_frame", "Every n-th frame goes through a step; 0: none does.", ["step"], **ns)
         every.labels("refine").set_function(lambda: self.refine_every)
         every.labels("classify").set_function(lambda: self.classify_every)
+        self._space = _space_gauges(ns)
         self._build = Info("build", "Version and identity of what runs.", **ns)
 
     def build_info(self, **facts: str) -> None:
@@ -155,6 +157,11 @@ class Meters:
     def sink_up(self, sink: str, up: bool) -> None:
         self._up[sink].set(up)
 
+    def watch_path(self, stalled: Callable[[], bool]) -> None:
+        """Whether the path moves, looked up when somebody scrapes."""
+        text = "1 while a room of the path has been in one step for half a minute; the log names it."
+        Gauge("path_stalled", text, namespace="streamprior", registry=self.registry).set_function(stalled)
+
     def watch_ledger(self, unaccounted: Callable[[], int], on_disk: Callable[[], bool]) -> None:
         """Whether the ledger can be trusted, looked up when somebody scrapes."""
         told: dict[str, tuple[str, Callable[[], float]]] = {
@@ -164,9 +171,20 @@ class Meters:
         for name, (text, value) in told.items():
             Gauge(name, text, namespace="streamprior", registry=self.registry).set_function(value)
 
+    def watch_space(self, free_bytes: Callable[[], float], level: Callable[[], float]) -> None:
+        """Look the archive's disk up at every scrape: neither call may wait for that disk."""
+        for gauge, look in zip(self._space, (free_bytes, level), strict=True):
+            gauge.set_function(look)
+
     def watch(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
         """Numbers that are looked up when somebody scrapes, instead of being kept up to date for nobody."""
         self.registry.register(_AtScrape(in_flight, missing, queues))
+
+
+def _space_gauges(ns: Mapping[str, Any]) -> tuple[Gauge, Gauge]:
+    free = Gauge("archive_free_bytes", "Bytes free on the archive's disk; NaN where not known.", **ns)
+    free.set(float("nan"))
+    return free, Gauge("archive_space_level", "0: room; 1: nearly full, a warning; 2: full, nothing is archived.", **ns)
 
 
 def _mosaic_gauges(ns: Mapping[str, Any]) -> tuple[dict[Place, Gauge], dict[str, Gauge]]:

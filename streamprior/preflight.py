@@ -18,7 +18,7 @@ from streamprior.prior import load_prior
 from streamprior.records import SeriesStart
 from streamprior.seams import Source
 from streamprior.server import HttpServer
-from streamprior.sinks.archive import claim
+from streamprior.sinks.archive import claim, frame_bytes
 from streamprior.sources.document_feeds import DocumentFile
 from streamprior.sources.files import file_source, open_recording
 from streamprior.sources.pva import PvaMonitor
@@ -183,9 +183,30 @@ def _archive(config: Config) -> str:
     except SinkUnavailable as error:
         raise ConfigError(f"archive.folder: {error}") from None
     free = shutil.disk_usage(folder).free
-    if free < _LEAST_FREE_BYTES:
-        raise ConfigError(f"archive.folder: only {free / 2**30:.1f} GiB are free on {folder}; make room or name another folder")
-    return f"{folder} can be written, {free / 2**30:.0f} GiB free"
+    found = f"{free / 2**30:.1f} GiB are free on {folder}"
+    if free < max(_LEAST_FREE_BYTES, config.archive.short_mb * 2**20):
+        raise ConfigError(f"archive.folder: only {found}; make room or name another folder")
+    try:
+        room = (free - config.archive.full_mb * 2**20) // frame_bytes(load_prior(config.prior), config.recipe != "ptycho")
+    except PriorError:  # one fault, and the look at the prior has told of it
+        return f"can be written, {found}"
+    expected = _expected(config)
+    if expected > room:
+        raise ConfigError(
+            f"archive.folder: {found}, room for {room} frames, and the source has {expected}; make room or name another folder"
+        )
+    return f"can be written, {found}, room for {room:,} frames at least"
+
+
+def _expected(config: Config) -> int:
+    """Frames that a recorded source will send; 0 where that is not known before."""
+    settings = config.source
+    if settings.kind != "file" or settings.path is None or settings.follow_s:
+        return 0
+    try:
+        return len(open_recording(settings.path, settings.frames, settings.skip))
+    except ConfigError:  # the look at the source tells of it
+        return 0
 
 
 def _tiled(config: Config) -> str:

@@ -461,11 +461,11 @@ def test_an_image_for_which_the_disk_has_no_room_goes_in_later(archive: Archive,
     archive.note(make_image())
     folder = tmp_path / "disk" / run_key(make_run())
 
-    def full(path: Path, content: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def full(file: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
+        patched.setattr("streamprior.sinks.chunks.os.write", full)
         with pytest.raises(SinkUnavailable, match=r"No space left.*free space"):
             archive.note(make_image(serial=2))
     assert read_mosaic(folder / MOSAIC_FILE).serial == read_about(folder)["mosaic"]["serial"] == 1

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,8 +25,6 @@ from streamprior.ledger import KEPT_RUNS, Ledger, answer, read_ledger
 from streamprior.metrics import Meters
 from streamprior.records import Detector, RunEnded, RunStarted
 from tests.test_cli import streamprior
-
-RULES = Path(__file__).parents[1] / "deploy" / "prometheus-rules.yaml"
 
 
 def opened(folder: Path | None, *sinks: str, uid: str = "u", expected: int | None = None, at: float = 1000.0) -> Ledger:
@@ -378,20 +375,6 @@ def test_a_frame_that_a_room_lost_is_a_residue_and_an_alert_asks_for_it() -> Non
         ledger.open_run(RunStarted(f"{n}", "eiger", "S1", 0.0, None, Detector()))
         ledger.close_run(RunEnded(f"{n}", "end", 1.0))
     assert scraped()["streamprior_ledger_residue"] == 1, "though the run is forgotten"
-
-
-def test_the_alerts_ask_for_metrics_that_there_are() -> None:
-    meters = Meters("eiger", ["classify"], ["archive"], ("core",), ["flux"])
-    meters.watch(lambda: 0, lambda: 0, {})
-    meters.watch_ledger(lambda: 0, lambda: True)
-    there = {sample.name for family in meters.registry.collect() for sample in family.samples}
-    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
-    assert {"StreampriorLedgerResidue", "StreampriorLedgerNotOnDisk"} <= {rule["alert"] for rule in rules}
-    for rule in rules:
-        asked = set(re.findall(r"streamprior_\w+", rule["expr"]))
-        assert asked
-        assert asked <= there, rule["alert"]
-        assert rule["annotations"]["summary"]
 
 
 def test_the_command_reads_a_folder_without_a_daemon(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import errno
 import fcntl
 import json
 import math
+import os
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,16 +23,18 @@ import pyarrow as pa
 import structlog
 import zarr
 
-from streamprior.errors import SinkUnavailable
+from streamprior.errors import DiskFull, SinkUnavailable
 from streamprior.prior import Prior
 from streamprior.records import NOT_MEASURED, Flag, MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.sinks.chunks import FrameArray, Layout, replace_whole
 from streamprior.sinks.mosaic_file import MOSAIC_FILE, summary, write_mosaic
 from streamprior.sinks.rows import FrameTable, read_indices, read_table
+from streamprior.sinks.space import SpaceWatch
 
 log = structlog.get_logger(__name__)
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 FORMAT_VERSION = 1
 
 ENDED_RUNS = 16
@@ -38,6 +42,8 @@ ENDED_RUNS = 16
 
 LATE_POSITIONS = 100_000
 """Positions of a run that are kept for frames whose rows are still to come, or come again: 10 MB, the newest."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _NOT_REFINED = int(Flag.NOT_REFINED)  # an int: `&` on the enum itself takes a microsecond
 
@@ -85,6 +91,9 @@ class Archive:
     drift_columns : keys of `Result.drift` that become columns.
     chunk_frames : frames a chunk; the growing chunk is rewritten by each write, so a larger one costs more where frames are few.
     objects : False for a recipe that makes no object of a single frame; then there is no such array.
+    space : looked at before results are written; None where nobody minds.
+
+    A frame is archived once it has its row in the frames table: of frames that were given up on a full disk an image may be left without.
     """
 
     name = "archive"
@@ -99,6 +108,7 @@ class Archive:
         drift_columns: Sequence[str] = (),
         chunk_frames: int = 64,
         objects: bool = True,
+        space: SpaceWatch | None = None,
     ) -> None:
         rows, columns = prior.object_box
         box = (rows.stop - rows.start, columns.stop - columns.start)
@@ -114,6 +124,12 @@ class Archive:
         self._runs: dict[str, _Run] = {}
         self._ended: OrderedDict[str, Path] = OrderedDict()
         self._lock: IO[bytes] | None = None
+        self._mark = b""
+        self._space = space
+        self._frame_bytes = frame_bytes(prior, objects)
+        self._failed: Sequence[Result] | None = (
+            None  # results that a write could not store: the next call brings them again, or gives them up
+        )
 
     def open(self) -> None:
         """Make the folder, see that it can be written, and mark runs that an earlier process left running as interrupted.
@@ -124,10 +140,13 @@ class Archive:
             The folder cannot be made or written, or another process writes to it.
         """
         pa.array([""])  # Arrow imports pandas with its first array: a third of a second, which the first frames need not wait for
-        with _disk(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is not None:
+            self._see_folder()
+        with self._disk(self._folder):
             if self._lock is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 self._lock = claim(self._folder)
+                self._mark = _marked(self._folder)
             for folder in run_folders(self._folder):
                 about = read_about(folder)
                 if about["status"] == "running" and about["uid"] not in self._runs:
@@ -138,10 +157,18 @@ class Archive:
                     self._growth(folder)
 
     def begin(self, run: RunStarted) -> None:
-        """Make the run's folder, or continue it where it exists."""
+        """Make the run's folder, or continue it where it exists.
+
+        Raises
+        ------
+        SinkUnavailable
+            The disk is full, read-only or gone: nothing is made where the archive's disk is not mounted.
+        """
+        self._see_folder()
+        self._give_up_failed(None)
         folder = self._folder / run_key(run)
-        with _disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        with self._disk(folder):
+            folder.mkdir(exist_ok=True)
             arrays = {layout.name: FrameArray(folder / layout.name, layout, run.expected) for layout in self._layouts}
             frames = FrameTable(folder / "frames", self._class_names, self._drift_columns)
             about = self._about(run) | {"frames": frames.rows, "extent": frames.extent}
@@ -150,23 +177,34 @@ class Archive:
             _replace_json(folder / RUN_FILE, about)
         self._runs[run.uid] = _Run(folder, arrays, frames, about)
         self._ended.pop(run.uid, None)
+        if self._space is not None and run.expected is not None:
+            self._space.foresee(run.series, (run.expected - about["frames"]) * self._frame_bytes)
 
     def write(self, results: Sequence[Result]) -> None:
         """Store results of open runs by index: late, repeated and missing indices are all fine.
 
         Raises
         ------
+        DiskFull
+            There is no room; writing the same results again later is safe, and so is going on with others.
         SinkUnavailable
-            The disk is full, read-only or gone; writing the same results again later is safe.
+            The disk is read-only or gone; writing the same results again later is safe.
         """
+        self._give_up_failed(results)
+        self._failed = results
+        if self._space is not None:
+            self._space.check()
         by_run: dict[str, list[Result]] = {}
         for result in results:
             by_run.setdefault(result.run, []).append(result)
         for uid, part in by_run.items():
             run = self._runs[uid]
-            with _disk(run.folder):
+            with self._disk(run.folder):
                 _store(run, part)
             self._growth(run.folder)
+        self._failed = None
+        if self._space is not None:
+            self._space.taken()
 
     def note(self, item: Positions | MosaicImage) -> None:
         """Replace the run's image of the sample, also of a run that ended not long ago; or put late positions into the rows of an open one.
@@ -178,6 +216,7 @@ class Archive:
         SinkUnavailable
             The disk is full, read-only or gone; noting the same again later is safe.
         """
+        self._give_up_failed(None)
         if isinstance(item, Positions):
             self._locate(item)
             return
@@ -186,7 +225,7 @@ class Archive:
         if folder is None:
             log.warning("image of a run that the archive does not know is left out", run=item.run, serial=item.serial)
             return
-        with _disk(folder):
+        with self._disk(folder):
             about = read_about(folder) if run is None else run.about
             write_mosaic(item, folder / MOSAIC_FILE, _origin_of(about))
             about["mosaic"] = summary(item)
@@ -197,8 +236,9 @@ class Archive:
 
     def end(self, run: RunEnded) -> None:
         """Close the run: arrays are cut to the extent, run.json tells how it ended."""
+        self._give_up_failed(None)
         ended = self._runs[run.uid]
-        with _disk(ended.folder):
+        with self._disk(ended.folder):
             (ended.folder / RUN_FILE).stat()
             for array in ended.arrays.values():
                 array.trim(ended.about["extent"])
@@ -219,6 +259,50 @@ class Archive:
             self._lock.close()
             self._lock = None
 
+    def _give_up_failed(self, results: Sequence[Result] | None) -> None:
+        """Results that failed and are not brought again count as dropped; then nothing of them may be written with those that follow."""
+        if self._failed is None or self._failed is results:
+            return
+        for uid in {result.run for result in self._failed} & self._runs.keys():
+            run = self._runs[uid]
+            run.frames.forget()
+            for array in run.arrays.values():
+                array.forget()
+        self._failed = None
+
+    def _see_folder(self) -> None:
+        """Raises SinkUnavailable where another folder lies in the archive's place: the one that a disk is mounted on must stay empty."""
+        lock = self._folder / LOCK_FILE
+        try:
+            mark, found = lock.read_bytes(), lock.stat()
+        except FileNotFoundError:
+            mark = b""
+        except OSError as error:
+            raise SinkUnavailable(_sentence(self._folder, error)) from error
+        if mark != self._mark:
+            raise SinkUnavailable(
+                f"archive {self._folder}: this is not the folder that was opened (its {LOCK_FILE} is gone, or another's); mount its disk"
+                " again, writing goes on by itself, and until then nothing is made there"
+            )
+        assert self._lock is not None
+        held = os.fstat(self._lock.fileno())
+        if (held.st_dev, held.st_ino) != (found.st_dev, found.st_ino):  # mounted again: ours is the lock of the mount that is gone
+            with self._disk(self._folder):
+                again = claim(self._folder)
+            self._lock.close()
+            self._lock = again
+
+    @contextmanager
+    def _disk(self, path: Path) -> Iterator[None]:
+        """As `_disk`; a full one is told to who looks at it, too."""
+        try:
+            with _disk(path):
+                yield
+        except DiskFull:
+            if self._space is not None:
+                self._space.refused()
+            raise
+
     def _locate(self, item: Positions) -> None:
         run = self._runs.get(item.run)
         if run is None:
@@ -227,7 +311,7 @@ class Archive:
         run.late.update(item.positions)
         while len(run.late) > LATE_POSITIONS:
             run.late.popitem(last=False)
-        with _disk(run.folder):
+        with self._disk(run.folder):
             (run.folder / RUN_FILE).stat()
             found = run.frames.locate(item.positions)
         if found:
@@ -352,19 +436,33 @@ def _origin_of(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"title": title, **{key: about[key] for key in ("uid", "source", "series", "opened", "provenance", "metadata")}}
 
 
+def frame_bytes(prior: Prior, objects: bool) -> int:
+    """What a frame takes in the archive, on the safe side: class maps shrink to a fifth where every border is noise, objects to two thirds
+    (measured, see chunks.py), and a row of numbers is some hundred bytes."""
+    height, width = prior.geometry.shape
+    rows, columns = prior.object_box
+    box = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return height * width // 4 + (box * 8 * 3 // 4 if objects else 0) + 400
+
+
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """Errors of the operating system become SinkUnavailable, naming the path and a remedy."""
+    """Errors of the operating system become SinkUnavailable or DiskFull, naming the path and a remedy."""
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "see to that disk")
-        raise SinkUnavailable(f"archive {path}: {error.strerror or error}; {remedy}, writing goes on by itself") from error
+        kind = DiskFull if error.errno in _NO_ROOM else SinkUnavailable
+        raise kind(_sentence(path, error)) from error
+
+
+def _sentence(path: Path, error: OSError) -> str:
+    remedy = _REMEDIES.get(error.errno or 0, "see to that disk")
+    return f"archive {path}: {error.strerror or error}; {remedy}, writing goes on by itself"
 
 
 def claim(folder: Path) -> IO[bytes]:
     """The folder's lock file, held: two daemons in one archive would mark each other's runs as interrupted."""
-    lock = (folder / ".lock").open("ab")
+    lock = (folder / LOCK_FILE).open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -384,6 +482,16 @@ def _store(run: _Run, results: Sequence[Result]) -> None:
         array.write(indices, [_image(name, result) for result in results])
     run.frames.write(results, time.time(), run.late)
     _count(run, run.frames.rows, max(run.about["extent"], max(indices) + 1))
+
+
+def _marked(folder: Path) -> bytes:
+    """What tells this folder from every other, also from the one that its disk is mounted on; made if absent."""
+    lock = folder / LOCK_FILE
+    mark = lock.read_bytes()
+    if not mark:
+        mark = uuid.uuid4().hex.encode()
+        lock.write_bytes(mark)  # the same file, which is locked
+    return mark
 
 
 def _image(name: str, result: Result) -> npt.NDArray[Any] | None:

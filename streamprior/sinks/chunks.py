@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ class FrameArray:
                     chunk[indices[place] % self._chunk_frames] = self._layout.fill if image is None else image
                 self._store(number, chunk)
 
+    def forget(self) -> None:
+        """What a failed write put into memory is not written any more: the disk alone counts."""
+        self._open.clear()
+
     def trim(self, extent: int) -> None:
         """Cut the array to `extent` frames; room that was made for frames that never came goes."""
         self._resize(extent)
@@ -101,7 +106,7 @@ class FrameArray:
     def _chunk(self, number: int) -> npt.NDArray[Any] | None:
         known = number in self._open
         chunk = self._open.pop(number, None)
-        if not known and number < self._fresh and self._file(number).exists():
+        if not known and number < self._fresh and _is_there(self._file(number)):
             first = number * self._chunk_frames
             chunk = self._blank()
             chunk[:] = self._array[first : first + self._chunk_frames]
@@ -145,9 +150,23 @@ def replace_whole(path: Path, content: bytes | memoryview) -> None:
         rest = memoryview(content)
         while rest:  # a disk that is nearly full takes a part, and refuses the next
             rest = rest[os.write(file, rest) :]
+    except OSError:
+        # On a full disk the half file takes room that nobody has.
+        with suppress(OSError):
+            partial.unlink()
+        raise
     finally:
         os.close(file)
     partial.replace(path)
+
+
+def _is_there(path: Path) -> bool:
+    """Not `exists`, which newer Pythons answer with False for every error: a chunk on a disk that hiccups would be begun anew."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _made(path: Path, layout: Layout, expected: int | None) -> zarr.Array:

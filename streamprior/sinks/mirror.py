@@ -157,6 +157,8 @@ class Mirror:
         """The last refusal of this pass."""
         if self._rescan or self._due() or time.monotonic() - self._greeted > self._quiet_s:
             if not self._work.greet():
+                if self._greeted:
+                    log.warning("Tiled has lost what it was told: the whole archive is told again", mirror=self._name)
                 self._rescan = True
             self._greeted = time.monotonic()
         if self._rescan:

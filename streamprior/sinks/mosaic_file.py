@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from streamprior.errors import ConfigError
 from streamprior.records import MosaicFrames, MosaicImage, Place
+from streamprior.sinks.chunks import replace_whole
 
 MOSAIC_FILE = "mosaic.nxs"
 IMAGES = "/entry/mosaic"
@@ -51,9 +52,7 @@ def write_mosaic(image: MosaicImage, path: Path, about: Mapping[str, Any]) -> No
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _fill(file, image, about)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content.getbuffer())
-    partial.replace(path)
+    replace_whole(path, content.getbuffer())
 
 
 def read_mosaic(path: Path) -> MosaicImage:

@@ -53,11 +53,17 @@ class Registrar:
         self._parent = tuple(parent)
         self._seen_as = seen_as
         self._known: dict[str, _Known] = {}
+        self._landmark: str | None = None  # a run that was told whole: where that is gone, so is all
 
     def greet(self) -> bool:
-        """See that Tiled answers, and make the parent container. True where it was there already."""
-        if self._api.get(f"/metadata/{node_path(self._parent)}") is not None:
+        """See that Tiled answers, and make the parent container. True where it was there already, with what it was told.
+
+        That the container is there alone says little: the live sink makes it, too, and is quicker where Tiled has lost its memory.
+        """
+        landmark = [self._landmark] if self._landmark is not None else []
+        if self._api.get(f"/metadata/{node_path([*self._parent, *landmark])}") is not None:
             return True
+        self._landmark = None
         self.forget()
         make_containers(self._api, self._parent)
         return False
@@ -101,6 +107,7 @@ class Registrar:
         except SinkUnavailable:
             del self._known[folder.name]
             raise
+        self._landmark = folder.name
         if not running:
             del self._known[folder.name]
 

@@ -127,7 +127,7 @@ class FrameTable:
 
     Parameters
     ----------
-    folder : made if absent; parts that lie there are continued.
+    folder : made if absent, in a folder that is there; parts that lie there are continued.
     class_names, drift_columns : keys of `Result.iou` and of `Result.drift` that become columns.
     """
 
@@ -138,7 +138,7 @@ class FrameTable:
         self._schema = frames_schema(class_names, drift_columns)
         self._parts: OrderedDict[int, _Part] = OrderedDict()
         self._counts: dict[int, int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for path in part_paths(folder):
             self._counts[part_number(path)] = int(pq.read_metadata(path).num_rows)
 
@@ -174,6 +174,10 @@ class FrameTable:
             self._replace(number, part)
             self._counts[number] = int(np.count_nonzero(part.present))
 
+    def forget(self) -> None:
+        """Rows that a failed write put into memory are not written any more: the disk alone counts."""
+        self._parts.clear()
+
     def locate(self, positions: Mapping[int, tuple[float, float]]) -> int:
         """Put positions, index -> (x, y) metres, into the rows that are there; returns how many. Their parts are then on disk."""
         touched: dict[int, list[int]] = {}
@@ -197,7 +201,7 @@ class FrameTable:
         part = self._parts.pop(number, None)
         if part is None:
             part = _empty_part(self._schema)
-            if self._path(number).exists():
+            if number in self._counts:  # not `exists`, which says no where a disk hiccups: the part would be begun anew
                 _fill(part, pq.read_table(self._path(number)), number * PART_ROWS)
         self._parts[number] = part
         while len(self._parts) > OPEN_PARTS:
