@@ -19,7 +19,7 @@ import structlog
 
 from streamprior import __version__
 from streamprior.arrays import check_backend
-from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
+from streamprior.config import Config, LogSettings, http_token, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.join import Joiner
@@ -45,6 +45,7 @@ from streamprior.sinks.live import LatestArrays
 from streamprior.sinks.mirror import Mirror
 from streamprior.sinks.page import LivePage
 from streamprior.sinks.prometheus import Prometheus
+from streamprior.sources.curve import key_files
 from streamprior.sources.files import AsRead, file_source, open_recording
 from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import check_shape
@@ -148,14 +149,19 @@ def build(
         "positions": lambda: joiner.nbytes,
     }
     queues |= {outbox.sink.name: _bytes_of(outbox) for outbox in outboxes}
-    meters.watch(ledger.in_flight, ledger.missing, queues)
+    doors = [
+        source
+        for source in (frames.source, readings.source if readings is not None else None)
+        if isinstance(source, ZmqPull | ZmqSubscribe)
+    ]
+    meters.watch(ledger.in_flight, ledger.missing, queues, lambda: sum(door.refused for door in doors))
 
     def ready() -> dict[str, bool]:
         state = {f"sink_{outbox.sink.name}": outbox.up for outbox in outboxes}
         state |= {"path": bool(pipeline.started and pipeline.failure is None)}
         return state | {name: mirror.up for name, mirror in mirrors.items()}
 
-    server = HttpServer(make_app(meters, ledger, page, ready), config.http)
+    server = HttpServer(make_app(meters, ledger, page, ready, http_token(config.http)), config.http)
     return Daemon(
         config, recipe, ledger, frames.source, readings.source if readings is not None else None, pipeline, archive, mirrors, server, room
     )
@@ -302,7 +308,9 @@ def _documents(config: Config, feed: Source | None) -> Wire:
     decoder = DocumentsDecoder(settings.name, config.documents, config.positions, True, most)
     if feed is None and settings.path is not None:
         feed = DocumentFile(settings)
-    return Wire(feed or ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most), decoder)
+    keys = key_files(settings, "source")
+    socket = ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most, files=keys)
+    return Wire(feed or socket, decoder)
 
 
 def _readings(config: Config) -> Wire | None:
@@ -313,7 +321,8 @@ def _readings(config: Config) -> Wire | None:
     from streamprior.sources.documents import DocumentsDecoder
 
     most, name = settings.max_message_mb * _MIB, f"{settings.name}-positions"
-    source = ZmqSubscribe(name, positions.address, positions.attach, settings.high_water_mark, most, "positions.address")
+    keys = key_files(positions, "positions")
+    source = ZmqSubscribe(name, positions.address, positions.attach, settings.high_water_mark, most, "positions.address", keys)
     return Wire(source, DocumentsDecoder(source.name, config.documents, positions, False, most))
 
 
