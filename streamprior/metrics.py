@@ -231,7 +231,7 @@ class _AtScrape(Collector):
             "streamprior_frames_missing_total", "Frames that closed runs expected and never saw.", value=self._missing()
         )
         yield CounterMetricFamily(
-            "streamprior_connections_refused_total", "Connections of senders without a key that may send.", value=self._refused()
+            "streamprior_connections_refused_total", "Handshakes that failed for want of the right key.", value=self._refused()
         )
         queues = GaugeMetricFamily("streamprior_queue_bytes", "Bytes waiting in a bounded queue.", labels=["queue"])
         for name, size in self._queues.items():

@@ -139,16 +139,15 @@ class Door:
         self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], files: KeyFiles, address: str, name: str, also: int = 0
     ) -> None:
         self.refused = 0
-        """Handshakes that failed since the start."""
+        """Handshakes that failed since the start; one that was refused by its key may count again as the sender leaves."""
         self.failing = False
         """We connect, and the newest handshake failed; it is due again."""
         self._socket, self._files, self._address, self._name = socket, files, address, name
         self._said_at = self._failed_at = -_SAY_AGAIN_S
         self._asked = _guard(context, socket, files)
-        # Where we bind, who is refused by name is counted as its handshake is answered.
-        self._events: int = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        if self._asked is None:
-            self._events |= zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self._events: int = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        if self._asked is None:  # where we bind, who is refused by name is counted as its handshake is answered
+            self._events |= zmq.EVENT_HANDSHAKE_FAILED_AUTH
         self._monitor = socket.get_monitor_socket(self._events | also)
 
     def wait(self, timeout_s: float) -> bool:
@@ -166,7 +165,7 @@ class Door:
         others = []
         for event, value in told(self._monitor):
             if event & self._events:
-                self._note(value)
+                self._note(event, value)
             else:
                 others.append(event)
         if self.failing and time.monotonic() > self._failed_at + _TRY_AGAIN_S:
@@ -182,11 +181,12 @@ class Door:
         if self._asked is not None:
             self._asked.close()
 
-    def _note(self, value: int) -> None:
+    def _note(self, event: int, value: int) -> None:
         if self._asked is None:
             self.failing, self._failed_at = True, time.monotonic()
             self._refuse("the other side refused our key, has another than its file says, or has none; compare both sides' .key files")
-        elif value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            # Both sides see that they differ: where the sender is the first, all that we see is that it left.
             self._refuse("the sender has no keys, and this socket takes nothing without; give the sender a pair (`streamprior keys`)")
         else:
             self._refuse("the sender knows another public key than ours; give it the .key file of this daemon")
