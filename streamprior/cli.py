@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -50,6 +51,8 @@ FaultsOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Decides which frames the faults strike.")]
+SecretOption = Annotated[Path | None, typer.Option("--curve-secret", help="Our own key (NAME.key_secret) where the receiver asks for one.")]
+ServerOption = Annotated[Path | None, typer.Option("--curve-server", help="The receiver's public key (daemon.key); with --curve-secret.")]
 FramesOption = Annotated[str, typer.Option(help="Python slice of the frames, for example 0::2.")]
 
 Report = Callable[[str, int, int], None]
@@ -291,7 +294,7 @@ def check(
 
         findings = list(inspect(load_config(config)))
     for finding in findings:
-        mark = "[green]ok  [/]" if finding.fine else "[bold red]FAIL[/]"
+        mark = "[yellow]warn[/]" if finding.warns else "[green]ok  [/]" if finding.fine else "[bold red]FAIL[/]"
         out.print(f"{mark} {finding.what:13}", end="")
         out.print(finding.sentence, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if all(finding.fine for finding in findings) else 2)
@@ -309,6 +312,8 @@ def replay(
     encoding: EncodingOption = None,
     trouble: FaultsOption = None,
     seed: SeedOption = None,
+    secret: SecretOption = None,
+    server: ServerOption = None,
 ) -> None:
     """A recorded beamtime, on the wire: each frame as the detector would send it, with its position where the file has one.
 
@@ -323,7 +328,7 @@ def replay(
         spoken = wire_of(_given(kind=wire, framing=framing, header_detail=header_detail, encoding=encoding))
         counts = counts_of(trouble or "")
         recording = open_recording(file, frames)
-        _send(recording, to, rate, f"replay {recording.path.name}", spoken, counts, seed or 0)
+        _send(recording, to, rate, f"replay {recording.path.name}", spoken, counts, seed or 0, _keys(secret, server))
 
 
 @app.command()
@@ -342,6 +347,8 @@ def twin(
     encoding: EncodingOption = None,
     trouble: FaultsOption = None,
     seed: SeedOption = None,
+    secret: SecretOption = None,
+    server: ServerOption = None,
 ) -> None:
     """The digital twin: simulated frames of a physical forward model, on the wire or in a file.
 
@@ -373,20 +380,28 @@ def twin(
         with progress() as report:
             rendered = Prerendered(made, min(wanted, len(made)), wanted, lambda done, total: report("rendering", done, total))
         chosen = made.scenario.seed if seed is None else seed
-        _send(rendered, to, rate or made.scenario.rate_hz, f"twin {scenario}", spoken, counts, chosen)
+        _send(rendered, to, rate or made.scenario.rate_hz, f"twin {scenario}", spoken, counts, chosen, _keys(secret, server))
 
 
 def _given(**options: str | None) -> dict[str, str]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _send(recording: Any, to: str, rate: float, what: str, wire: Any, counts: Mapping[str, int], seed: int) -> None:
+def _keys(secret: Path | None, server: Path | None) -> Any:
+    from streamprior_sim.emit import load_keys
+
+    if (secret is None) != (server is None):
+        raise typer.BadParameter("give both or neither", param_hint="--curve-secret / --curve-server")
+    return load_keys(secret, server) if secret is not None and server is not None else None
+
+
+def _send(recording: Any, to: str, rate: float, what: str, wire: Any, counts: Mapping[str, int], seed: int, keys: Any) -> None:
     from streamprior_sim.emit import foreseen, send
     from streamprior_sim.faults import Trouble, scatter
 
     trouble = Trouble(scatter(counts, len(recording), seed), seed)
     with progress() as report:
-        emitted = send(recording, to, rate, wire, trouble, lambda done, total: report(what, done, total))
+        emitted = send(recording, to, rate, wire, trouble, lambda done, total: report(what, done, total), keys)
     late = f", {emitted.late} later than their turn" if emitted.late else ""
     err.print(f"{emitted.sent} messages sent in {emitted.seconds:.1f} s{late}", highlight=False)
     err.print(foreseen(recording, wire, trouble).sentence(len(recording)), highlight=False, soft_wrap=True)
@@ -580,6 +595,39 @@ def _refuse_no_folder(folder: Path) -> None:
 
 
 @app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="Folder that the files go into; made where it is not there.")],
+    name: Annotated[str, typer.Option(help="First part of the files' names: whose keys these are.")] = "daemon",
+    token: Annotated[bool, typer.Option("--token", help="Make a token for the HTTP port (NAME.token) in place of keys.")] = False,
+) -> None:
+    """Make a pair of keys for encrypted ZMQ (CurveZMQ), or a token for the HTTP port; says what to copy where.
+
+    Example: streamprior keys keys --name daemon
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise typer.BadParameter(f"{name!r}: letters, digits, dots and dashes", param_hint="--name")
+    with faults():
+        from streamprior.sources.curve import make_keys, make_token
+
+        if token:
+            file = make_token(folder, name)
+            lines = [
+                f"{file}: the token; only you may read it.",
+                f"The daemon: `http: {{token_file: {file}}}`, or the token itself in $STREAMPRIOR_HTTP_TOKEN.",
+                "Programs: $STREAMPRIOR_HTTP_TOKEN, or --token-file. A browser: http://HOST:PORT/?token=TOKEN, once.",
+            ]
+        else:
+            secret, public = make_keys(folder, name)
+            lines = [
+                f"{secret}: the secret; it stays on this machine, and only you may read it (curve_secret_file, --curve-secret).",
+                f"{public}: goes to the other side. Who binds keeps those of all who may connect in a folder (curve_clients_folder);",
+                "who connects names the one of whom it connects to (curve_server_public_file, --curve-server).",
+            ]
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def ledger(
     url: Annotated[str, typer.Option(help="Address of the daemon's HTTP port.")] = "http://127.0.0.1:9870",
     run: Annotated[str | None, typer.Option(help="Uid of a run or the beginning of it (default: all; with --frame the newest).")] = None,
@@ -589,13 +637,14 @@ def ledger(
         Path | None, typer.Option(help="Read this state folder in place of asking a daemon: what processes left there, running or not.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of sentences.")] = False,
+    token_file: Annotated[Path | None, typer.Option(help="The daemon's token (default: $STREAMPRIOR_HTTP_TOKEN).")] = None,
 ) -> None:
     """What became of every frame. Exit 1 if a ledger does not balance.
 
     Example: streamprior ledger --url http://127.0.0.1:9870 --frame 812
     Example: streamprior ledger --folder ~/.local/state/streamprior --run 80b22e86 --left-out
     """
-    found = _asked_of(url, run, frame, left_out) if folder is None else _read_in(folder, run, frame, left_out)
+    found = _asked_of(url, token_file, run, frame, left_out) if folder is None else _read_in(folder, run, frame, left_out)
     if as_json:
         out.print_json(data=found)
     elif "fate" in found:
@@ -608,12 +657,13 @@ def ledger(
     raise typer.Exit(0 if found.get("balanced", True) else 1)
 
 
-def _asked_of(url: str, run: str | None, frame: int | None, left_out: bool) -> Any:
+def _asked_of(url: str, token_file: Path | None, run: str | None, frame: int | None, left_out: bool) -> Any:
     """The daemon's answer."""
-    asked = {"run": run, "frame": frame, "left_out": 1 if left_out else None}
-    query = urllib.parse.urlencode({key: value for key, value in asked.items() if value is not None})
+    wanted = {"run": run, "frame": frame, "left_out": 1 if left_out else None}
+    query = urllib.parse.urlencode({key: value for key, value in wanted.items() if value is not None})
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/ledger?{query}", timeout=10) as answer:
+        asked = urllib.request.Request(f"{url.rstrip('/')}/ledger?{query}", headers=_authorised(token_file))
+        with urllib.request.urlopen(asked, timeout=10) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         _fail(_reason(error))
@@ -688,6 +738,14 @@ def bench(
             measured += sum("skipped" not in row for row in found)
         if only and not measured:
             raise typer.BadParameter(f"no row of {', '.join(chosen)} has {only!r} in its name", param_hint="--only")
+
+
+def _authorised(token_file: Path | None) -> dict[str, str]:
+    from streamprior.config import own_token, read_secret
+
+    with faults():
+        token = own_token() if token_file is None else read_secret(token_file, "--token-file").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

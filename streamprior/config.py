@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import ipaddress
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +20,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from streamprior.errors import ConfigError
 
 _PREFIX = "STREAMPRIOR_"
-_NOT_SETTINGS = {"STREAMPRIOR_STATE", "STREAMPRIOR_DATA"}
+TOKEN_VARIABLE = "STREAMPRIOR_HTTP_TOKEN"
+_NOT_SETTINGS = {"STREAMPRIOR_STATE", "STREAMPRIOR_DATA", TOKEN_VARIABLE}
 
 
 def state_folder() -> Path:
@@ -72,6 +75,13 @@ class SourceSettings(_Room):
     attach: Literal["bind", "connect"] = "bind"
     """bind: senders connect to us (twin, replay, a Bluesky publisher without a proxy). connect: we connect to a detector's PUSH socket
     (EIGER2) or to a Bluesky proxy."""
+    curve_secret_file: Path | None = None
+    """Our own key (CurveZMQ, `streamprior keys`), which only we may read: frames are encrypted, and who has no key gets nothing in. Empty:
+    the socket is open to whoever reaches it."""
+    curve_clients_folder: Path | None = None
+    """attach bind: folder of the public keys (.key) of those who may send."""
+    curve_server_public_file: Path | None = None
+    """attach connect: public key of whom we connect to."""
     pv: str | None = None
     """Name of the channel, for example 13SIM1:Pva1:Image."""
     channel: str = "threshold_1"
@@ -131,6 +141,12 @@ class PositionSettings(_Room):
     """Where documents come from when frames come over another wire; 5578 on a Bluesky proxy. Empty: with the frames."""
     attach: Literal["bind", "connect"] = "connect"
     """connect: to a Bluesky proxy. bind: a publisher connects to us."""
+    curve_secret_file: Path | None = None
+    """As source.curve_secret_file, for `address`."""
+    curve_clients_folder: Path | None = None
+    """As source.curve_clients_folder."""
+    curve_server_public_file: Path | None = None
+    """As source.curve_server_public_file."""
     join: Literal["number", "time"] = "number"
     """number: frame i belongs to event i of the scan, or to the one that a stream_datum names. time: to where the motors stood at its time
     stamp, between two readings or near one; for fly scans whose motors are monitored."""
@@ -145,7 +161,7 @@ class PositionSettings(_Room):
     @model_validator(mode="after")
     def _x_first(self) -> Self:
         """Without x nothing is joined, and whoever sets the rest would wait for positions in vain."""
-        for name in ("y", "address"):
+        for name in ("y", "address", "curve_secret_file", "curve_clients_folder", "curve_server_public_file"):
             if self.x is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect without x: name the motor that moves along the columns of a frame")
         return self
@@ -346,7 +362,10 @@ class HttpSettings(_Room):
     """Metrics, health, ledger and the live page, on one port."""
 
     host: str = "127.0.0.1"
-    """Loopback unless told otherwise."""
+    """Loopback unless told otherwise. Beyond it everything but /metrics, /healthz and /readyz takes a token."""
+    token_file: Path | None = None
+    """File that holds the token of page, ledger and status (`streamprior keys FOLDER --token` makes one); $STREAMPRIOR_HTTP_TOKEN where
+    this is empty. With a token loopback asks for it too."""
     port: Annotated[int, Field(ge=0, le=65535)] = 9870
     """0: any free port, which the log names."""
 
@@ -502,6 +521,60 @@ def tiled_api_key(settings: TiledSettings) -> str | None:
     if not key:
         raise ConfigError(f"tiled.api_key_file: {settings.api_key_file} holds no key; write the key alone on its first line")
     return key
+
+
+def read_secret(file: Path, setting: str) -> str:
+    """The text of a file that nobody but its owner and group may read. Raises ConfigError, which shows nothing of it."""
+    try:
+        if file.stat().st_mode & _FOR_OTHERS:
+            raise ConfigError(
+                f"{setting}: {file} can be read or changed by others; `chmod 600 {file}`, and make a new one if others had it"
+            )
+        return file.read_text("ascii")
+    except OSError as error:
+        raise ConfigError(f"{setting}: {file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{setting}: {file} is no text") from None
+
+
+_FOR_OTHERS = 0o027
+"""Mode bits: a group may be let in to read (a service's), others not at all."""
+
+
+def http_token(settings: HttpSettings) -> str | None:
+    """The token from its file or from $STREAMPRIOR_HTTP_TOKEN; None where none is set and the port is on loopback.
+
+    Raises ConfigError where the file cannot be read or others may, the token is too short to keep anybody out, or there is none and the
+    port is beyond loopback.
+    """
+    token = own_token() if settings.token_file is None else read_secret(settings.token_file, "http.token_file").strip()
+    place = f"http.token_file: {settings.token_file}" if settings.token_file is not None else f"${TOKEN_VARIABLE}"
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise ConfigError(
+            f"{place} holds no token; it takes 16 characters or more of A-Z a-z 0-9 - _ . ~ (`streamprior keys FOLDER --token`)"
+        )
+    if token is None and not is_loopback(settings.host):
+        raise ConfigError(
+            f"http.host: {settings.host} is beyond loopback, where everybody could read page and ledger; make a token with"
+            f" `streamprior keys FOLDER --token` and name it in http.token_file or ${TOKEN_VARIABLE}"
+        )
+    return token
+
+
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,512}", re.ASCII)
+
+
+def own_token() -> str | None:
+    """$STREAMPRIOR_HTTP_TOKEN; None where it is empty."""
+    return os.environ.get(TOKEN_VARIABLE) or None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host. A name that we do not know is taken for one that others reach."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _rooted(config: Config, folder: Path) -> Config:

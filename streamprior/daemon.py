@@ -20,7 +20,7 @@ import structlog
 
 from streamprior import __version__
 from streamprior.arrays import check_backend
-from streamprior.config import Config, LogSettings, state_folder, tiled_api_key
+from streamprior.config import Config, LogSettings, http_token, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.join import Joiner
@@ -47,6 +47,7 @@ from streamprior.sinks.mirror import Mirror
 from streamprior.sinks.page import LivePage
 from streamprior.sinks.prometheus import Prometheus
 from streamprior.sinks.space import SpaceWatch
+from streamprior.sources.curve import key_files
 from streamprior.sources.files import AsRead, file_source, open_recording
 from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import check_shape
@@ -158,7 +159,12 @@ def build(
         "positions": lambda: joiner.nbytes,
     }
     queues |= {outbox.sink.name: _bytes_of(outbox) for outbox in outboxes}
-    meters.watch(ledger.in_flight, ledger.missing, queues)
+    doors = [
+        source
+        for source in (frames.source, readings.source if readings is not None else None)
+        if isinstance(source, ZmqPull | ZmqSubscribe)
+    ]
+    meters.watch(ledger.in_flight, ledger.missing, queues, lambda: sum(door.refused for door in doors))
     meters.watch_path(lambda: bool(pipeline.stalled(STALL_S)))
     meters.watch_ledger(ledger.unaccounted, ledger.on_disk)
     meters.watch_space(lambda: space.free_bytes, lambda: space.level)
@@ -168,7 +174,7 @@ def build(
         state |= {"path": bool(pipeline.started and pipeline.failure is None)}
         return state | {name: mirror.up for name, mirror in mirrors.items()}
 
-    server = HttpServer(make_app(meters, ledger, page, ready), config.http)
+    server = HttpServer(make_app(meters, ledger, page, ready, http_token(config.http)), config.http)
     return Daemon(
         config,
         recipe,
@@ -339,7 +345,9 @@ def _documents(config: Config, feed: Source | None) -> Wire:
     decoder = DocumentsDecoder(settings.name, config.documents, config.positions, True, most)
     if feed is None and settings.path is not None:
         feed = DocumentFile(settings)
-    return Wire(feed or ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most), decoder)
+    keys = key_files(settings, "source")
+    socket = ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most, files=keys)
+    return Wire(feed or socket, decoder)
 
 
 def _readings(config: Config) -> Wire | None:
@@ -350,7 +358,8 @@ def _readings(config: Config) -> Wire | None:
     from streamprior.sources.documents import DocumentsDecoder
 
     most, name = settings.max_message_mb * _MIB, f"{settings.name}-positions"
-    source = ZmqSubscribe(name, positions.address, positions.attach, settings.high_water_mark, most, "positions.address")
+    keys = key_files(positions, "positions")
+    source = ZmqSubscribe(name, positions.address, positions.attach, settings.high_water_mark, most, "positions.address", keys)
     return Wire(source, DocumentsDecoder(source.name, config.documents, positions, False, most))
 
 

@@ -176,9 +176,15 @@ class Meters:
         for gauge, look in zip(self._space, (free_bytes, level), strict=True):
             gauge.set_function(look)
 
-    def watch(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
+    def watch(
+        self,
+        in_flight: Callable[[], int],
+        missing: Callable[[], int],
+        queues: Mapping[str, Callable[[], int]],
+        refused: Callable[[], int] = lambda: 0,
+    ) -> None:
         """Numbers that are looked up when somebody scrapes, instead of being kept up to date for nobody."""
-        self.registry.register(_AtScrape(in_flight, missing, queues))
+        self.registry.register(_AtScrape(in_flight, missing, queues, refused))
 
 
 def _space_gauges(ns: Mapping[str, Any]) -> tuple[Gauge, Gauge]:
@@ -241,13 +247,18 @@ class _Histogram(Collector):
 
 
 class _AtScrape(Collector):
-    def __init__(self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]]) -> None:
-        self._in_flight, self._missing, self._queues = in_flight, missing, queues
+    def __init__(
+        self, in_flight: Callable[[], int], missing: Callable[[], int], queues: Mapping[str, Callable[[], int]], refused: Callable[[], int]
+    ) -> None:
+        self._in_flight, self._missing, self._queues, self._refused = in_flight, missing, queues, refused
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily("streamprior_frames_in_flight", "Frames received whose fate is not known yet.", value=self._in_flight())
         yield CounterMetricFamily(
             "streamprior_frames_missing_total", "Frames that closed runs expected and never saw.", value=self._missing()
+        )
+        yield CounterMetricFamily(
+            "streamprior_connections_refused_total", "Handshakes that failed for want of the right key.", value=self._refused()
         )
         queues = GaugeMetricFamily("streamprior_queue_bytes", "Bytes waiting in a bounded queue.", labels=["queue"])
         for name, size in self._queues.items():

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from starlette.applications import Starlette
 
 from streamprior.arrays import check_backend, cuda_missing
-from streamprior.config import Config, HttpSettings, state_folder, tiled_api_key
+from streamprior.config import Config, HttpSettings, PositionSettings, SourceSettings, http_token, is_loopback, state_folder, tiled_api_key
 from streamprior.errors import ConfigError, PriorError, SinkUnavailable
 from streamprior.mosaic.scan import check_trust, first_probe
 from streamprior.prior import load_prior
@@ -19,6 +19,7 @@ from streamprior.records import SeriesStart
 from streamprior.seams import Source
 from streamprior.server import HttpServer
 from streamprior.sinks.archive import claim, frame_bytes
+from streamprior.sources.curve import key_files, load_clients, load_own
 from streamprior.sources.document_feeds import DocumentFile
 from streamprior.sources.files import file_source, open_recording
 from streamprior.sources.pva import PvaMonitor
@@ -27,6 +28,8 @@ from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import load_corrections
 from streamprior.stages.recipe import judges_chi2, plan_of
 from streamprior.tiled_api import probe
+
+_WARNING = "warning: "
 
 _LEAST_FREE_BYTES = 10 * 2**30
 """10 GiB hold about 100,000 frames of 128 x 128 with objects of 64 x 64."""
@@ -39,6 +42,8 @@ class Finding:
     what: str
     fine: bool
     sentence: str
+    warns: bool = False
+    """It works, and is worth a second thought."""
 
 
 def inspect(config: Config) -> Iterator[Finding]:
@@ -49,6 +54,7 @@ def inspect(config: Config) -> Iterator[Finding]:
         **({"mosaic": lambda: _mosaic(config)} if config.recipe == "ptycho" else {"refine": lambda: _refine(config)}),
         "source": lambda: _source(config),
         **({"positions": lambda: _positions(config)} if config.positions.x is not None else {}),
+        "encryption": lambda: _encryption(config),
         "http": lambda: _http(config.http),
         "archive": lambda: _archive(config),
         "tiled": lambda: _tiled(config),
@@ -58,7 +64,8 @@ def inspect(config: Config) -> Iterator[Finding]:
     }
     for what, look in looks.items():
         try:
-            yield Finding(what, True, look())
+            sentence = look()
+            yield Finding(what, True, sentence.removeprefix(_WARNING), sentence.startswith(_WARNING))
         except ConfigError as error:
             yield Finding(what, False, str(error))
 
@@ -117,7 +124,9 @@ def _source(config: Config) -> str:
         source = DocumentFile(settings)
     elif settings.kind == "documents":
         most = settings.max_message_mb * 2**20
-        source = ZmqSubscribe(settings.name, settings.address, settings.attach, settings.high_water_mark, most)
+        source = ZmqSubscribe(
+            settings.name, settings.address, settings.attach, settings.high_water_mark, most, files=key_files(settings, "source")
+        )
     elif settings.kind == "pva":
         source = PvaMonitor(settings)
     source.open()
@@ -139,7 +148,8 @@ def _positions(config: Config) -> str:
             raise ConfigError(f"positions.address: {source.kind} brings no documents, and so no {motors}; name where documents come from")
         return f"{motors}, out of the source itself"
     most = source.max_message_mb * 2**20
-    socket = ZmqSubscribe("positions", settings.address, settings.attach, source.high_water_mark, most, "positions.address")
+    keys = key_files(settings, "positions")
+    socket = ZmqSubscribe("positions", settings.address, settings.attach, source.high_water_mark, most, "positions.address", keys)
     socket.open()
     socket.close()
     can = "can be bound" if settings.attach == "bind" else "is well formed; whether anybody sends there shows only in a run"
@@ -163,11 +173,38 @@ def _recorded(config: Config) -> str:
     return f"run {start.series} in Tiled: {start.expected} frames"
 
 
+def _encryption(config: Config) -> str:
+    """Keys of the ZMQ sockets: looked at where the sockets are opened; here, who needs none and should have one."""
+    sockets: list[tuple[str, SourceSettings | PositionSettings]] = []
+    if config.source.kind in ("dectris_v1", "dectris_v2") or (config.source.kind == "documents" and config.source.path is None):
+        sockets.append(("source", config.source))
+    if config.positions.address is not None:
+        sockets.append(("positions", config.positions))
+    told, open_to_all = [], []
+    for section, settings in sockets:
+        files = key_files(settings, section)
+        host = (settings.address or "").removeprefix("tcp://").rpartition(":")[0]
+        if files is not None:
+            own = load_own(files)
+            others = f"{len(load_clients(files))} keys may send" if files.clients is not None else f"the other side's is in {files.server}"
+            told.append(f"{section} has the key {own.public.decode()}, {others}")
+        elif not (settings.address or "").startswith("ipc://") and not is_loopback(host):
+            open_to_all.append(section)
+    if open_to_all:
+        names = " and ".join(f"{section}.address" for section in open_to_all)
+        return (
+            f"{_WARNING}{names} beyond loopback without keys: whoever is on that network can send or read frames; where the other side"
+            " speaks CurveZMQ, `streamprior keys FOLDER` makes keys"
+        )
+    return "; ".join(told) or "none, and no ZMQ socket beyond loopback"
+
+
 def _http(settings: HttpSettings) -> str:
+    token = http_token(settings)
     server = HttpServer(Starlette(), settings)
     server.listen()
     server.stop()
-    return f"{settings.host}:{settings.port} is free"
+    return f"{settings.host}:{settings.port} is free, {'with a token' if token is not None else 'without a token'}"
 
 
 def _archive(config: Config) -> str:

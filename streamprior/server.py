@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 import socket
 import threading
@@ -13,9 +15,9 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamprior import __version__
 from streamprior.config import HttpSettings
@@ -32,8 +34,12 @@ Health = Callable[[], Mapping[str, bool]]
 """What must be true for the daemon to be ready: name -> whether it is."""
 
 
-def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> Starlette:
-    """The routes. Every handler is a plain function: Starlette runs it in a thread, so no request holds up another."""
+def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health, token: str | None = None) -> ASGIApp:
+    """The routes. Every handler is a plain function: Starlette runs it in a thread, so no request holds up another.
+
+    token : that all but /metrics, /healthz and /readyz take, as `Authorization: Bearer TOKEN`; None asks for none. A browser is given it
+    once, as /?token=TOKEN, and gets a cookie.
+    """
 
     def metrics(request: Request) -> Response:
         text, content_type = meters.render(request.headers.get("accept", ""))
@@ -74,7 +80,41 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health) -> S
 
     paths = {"/metrics": metrics, "/healthz": healthz, "/readyz": readyz, "/ledger": accounts, "/live": live, "/mosaic": mosaic}
     paths |= {"/status": status, "/": index, "/page_mosaic.js": script}
-    return Starlette(routes=[Route(path, handler) for path, handler in paths.items()])
+    app = Starlette(routes=[Route(path, handler) for path, handler in paths.items()])
+    return app if token is None else _guarded(app, token)
+
+
+_OPEN_TO_ALL = ("/metrics", "/healthz", "/readyz")
+
+
+def _guarded(app: ASGIApp, token: str) -> ASGIApp:
+    """The application behind a token."""
+    # Cookies go to every port of a host: another service there is not to see the token itself.
+    pass_for_pages = hashlib.sha256(b"streamprior page " + token.encode()).hexdigest()
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        cookie = f"streamprior_{request.url.port or 0}"  # of this daemon: two may share a host
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        asked = request.query_params.get("token", "")
+        if scope["path"] in _OPEN_TO_ALL or (scheme.lower() == "bearer" and _same(given.strip(), token)):
+            await app(scope, receive, send)
+        elif scope["path"] == "/" and _same(asked, token):
+            answer = RedirectResponse("/", 303, headers={"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"})
+            answer.set_cookie(cookie, pass_for_pages, httponly=True, samesite="strict")
+            await answer(scope, receive, send)
+        elif _same(request.cookies.get(cookie, ""), pass_for_pages):
+            await app(scope, receive, send)
+        else:
+            wrong = "this daemon takes a token, as `Authorization: Bearer TOKEN`; a browser is given it once, as /?token=TOKEN"
+            await JSONResponse({"error": wrong}, 401, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+
+    return guard
+
+
+def _same(given: str, expected: str) -> bool:
+    """In a time that does not tell how much of it is right."""
+    return hmac.compare_digest(given.encode(), expected.encode())
 
 
 def numbers_now(meters: Meters, ledger: Ledger, page: LivePage) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -114,7 +114,13 @@ class Publisher(Protocol):
 
 
 @contextmanager
-def zmq_publisher(address: str, prefix: bytes = b"", serializer: Serializer = "msgpack", timeout_s: float = 10.0) -> Iterator[Publisher]:
+def zmq_publisher(
+    address: str,
+    prefix: bytes = b"",
+    serializer: Serializer = "msgpack",
+    timeout_s: float = 10.0,
+    prepare: Callable[[zmq.Socket[bytes]], None] | None = None,
+) -> Iterator[Publisher]:
     """A publisher connected to `address` ("tcp://HOST:PORT"): to a Bluesky proxy, where documents go in, or to a bound subscriber.
 
     It begins when it is subscribed to, so that the first documents are not lost. A Bluesky proxy subscribes to everything by itself and
@@ -133,6 +139,8 @@ def zmq_publisher(address: str, prefix: bytes = b"", serializer: Serializer = "m
         socket.setsockopt(zmq.LINGER, _LINGER_MS)
         # A publisher drops what its subscriber is too slow for; the twin waits instead.
         socket.setsockopt(zmq.XPUB_NODROP, 1)
+        if prepare is not None:  # keys
+            prepare(socket)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import zmq
@@ -16,6 +17,7 @@ import zmq
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.records import Frame, SeriesEnd, SeriesStart
 from streamprior.seams import Document, Parts
+from streamprior.wire.keys import Key, parse_key
 from streamprior_sim.faults import NO_TROUBLE, Forecast, Trouble, forecast, inject
 from streamprior_sim.twin import Progress, Recording
 from streamprior_sim.wires import STREAM_V2, Sensor, Wire, dialect
@@ -82,7 +84,42 @@ def foreseen(recording: Recording, wire: Wire, trouble: Trouble, frames: slice |
     return forecast(trouble.faults, len(_chosen(recording, frames)), wire)
 
 
-def send(recording: Recording, to: str, rate_hz: float | None, wire: Wire, trouble: Trouble, progress: Progress | None = None) -> Emitted:
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """For a receiver that takes CURVE alone. own : our pair. server : the receiver's public key."""
+
+    own: Key
+    server: bytes
+
+    def give(self, socket: zmq.Socket[bytes]) -> None:
+        """To a socket that is not connected yet."""
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, self.own.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self.own.secret or b"")
+        socket.setsockopt(zmq.CURVE_SERVERKEY, self.server)
+
+
+def load_keys(secret: Path, server: Path) -> Keys:
+    """Keys out of files of `streamprior keys`. Raises ConfigError."""
+    read = []
+    for file in (secret, server):
+        try:
+            read.append(parse_key(file.read_text("utf-8", "replace"), str(file)))
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
+    if read[0].secret is None:
+        raise ConfigError(f"{secret}: holds a public key alone; name the file that ends in .key_secret")
+    return Keys(read[0], read[1].public)
+
+
+def send(
+    recording: Recording,
+    to: str,
+    rate_hz: float | None,
+    wire: Wire,
+    trouble: Trouble,
+    progress: Progress | None = None,
+    keys: Keys | None = None,
+) -> Emitted:
     """Send a recording over `wire` to the address "tcp://HOST:PORT": a receiver of a DECTRIS stream, or a proxy or subscriber of documents.
 
     Raises
@@ -94,12 +131,12 @@ def send(recording: Recording, to: str, rate_hz: float | None, wire: Wire, troub
     """
     foreseen(recording, wire, trouble)
     if wire.kind != "documents":
-        with zmq_sender(to) as sender:
+        with zmq_sender(to, keys=keys) as sender:
             return emit(recording, sender, rate_hz, None, progress, wire, trouble)
     from streamprior_sim.documents import documents, zmq_publisher
 
     total = len(recording) + 3  # start, descriptor and stop
-    with zmq_publisher(to) as publisher:
+    with zmq_publisher(to, prepare=keys.give if keys is not None else None) as publisher:
         whole: Iterable[tuple[Message | Document, ...]] = ((document,) for document in documents(recording, rate_hz))
         run = _turns(recording, rate_hz, None, wire, trouble) if trouble.faults else whole
         return pace(run, publisher, rate_hz, None if progress is None else lambda done: progress(min(done, total), total))
@@ -189,7 +226,7 @@ def pace(
 
 
 @contextmanager
-def zmq_sender(address: str, timeout_s: float = 10.0) -> Iterator[Sender]:
+def zmq_sender(address: str, timeout_s: float = 10.0, keys: Keys | None = None) -> Iterator[Sender]:
     """A PUSH socket connected to `address` ("tcp://HOST:PORT"); it is closed, its last messages taken, when the context ends.
 
     Raises
@@ -205,12 +242,16 @@ def zmq_sender(address: str, timeout_s: float = 10.0) -> Iterator[Sender]:
         socket.setsockopt(zmq.LINGER, _LINGER_MS)
         # Without it messages queue for a receiver that may never come, and nobody is told.
         socket.setsockopt(zmq.IMMEDIATE, 1)
+        if keys is not None:
+            keys.give(socket)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot send to {address}: {error}; name it as tcp://HOST:PORT") from None
         if not socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
-            raise ConfigError(f"nobody listens at {address} ({timeout_s:g} s); start the receiver first, or name its address")
+            raise ConfigError(
+                f"nobody listens at {address} ({timeout_s:g} s), or not to us; start the receiver first, name its address, or compare keys"
+            )
         try:
             yield _Push(socket, address, timeout_s)
         except SinkUnavailable:

@@ -48,6 +48,7 @@ class StreampriorDevice(StandardReadable):  # type: ignore[misc] # mypy does not
         frames. Frames inside documents cannot be waited for: the event that holds them is not there until this device has been read. Nor
         can frames whose positions the daemon takes from this plan's events (positions.address): they wait for the event themselves.
     wait_s : how long at most; then the event gets the numbers that there are, and `caught_up` False. A plan is never stopped for it.
+    token : that a daemon beyond loopback asks for; None: $STREAMPRIOR_HTTP_TOKEN, where that is set.
 
     Attributes
     ----------
@@ -65,8 +66,10 @@ class StreampriorDevice(StandardReadable):  # type: ignore[misc] # mypy does not
         period_s: float = 0.2,
         wait_frames: int | None = None,
         wait_s: float = 5.0,
+        token: str | None = None,
     ) -> None:
-        self._asker = Asker(url)
+        self._token = token
+        self._asker = Asker(url, token=token)
         self._period_s, self._wait_frames, self._wait_s = period_s, wait_frames, wait_s
         self._setters: dict[str, Callable[[Any], None]] = {}
         self._shown: dict[str, Any] = {}
@@ -155,7 +158,7 @@ class StreampriorDevice(StandardReadable):  # type: ignore[misc] # mypy does not
     async def begin(self, timeout_s: float) -> None:
         """Find the daemon, learn its classes and signals, follow it. Raises NotConnectedError where it is not found in time."""
         await self.disconnect()
-        asker = self._asker = Asker(self.address)
+        asker = self._asker = Asker(self.address, token=self._token)
         try:
             numbers = await _found(asker, timeout_s, self._period_s)
         except NoAnswer as error:

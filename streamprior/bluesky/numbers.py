@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from streamprior.config import own_token
 from streamprior.errors import ConfigError
 
 _MOST_BYTES = 2**20
@@ -56,6 +57,7 @@ class Asker:
     ----------
     url : of the daemon's page, http://HOST:PORT.
     timeout_s : for each question.
+    token : that a daemon beyond loopback asks for; None: $STREAMPRIOR_HTTP_TOKEN, where that is set.
 
     Raises
     ------
@@ -63,7 +65,7 @@ class Asker:
         The address is none.
     """
 
-    def __init__(self, url: str, timeout_s: float = 2.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 2.0, token: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         try:
@@ -71,7 +73,10 @@ class Asker:
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url!r} is no address of a daemon ({error}); write http://HOST:PORT, as its log names it") from None
         # A proxy does not know this machine's loopback.
-        self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=host not in ("localhost", "127.0.0.1", "::1"))
+        trust = host not in ("localhost", "127.0.0.1", "::1")
+        token = token or own_token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=trust, headers=headers)
 
     async def ask(self) -> Numbers:
         """The daemon's numbers at this moment. Raises NoAnswer."""
@@ -87,6 +92,10 @@ class Asker:
             raise NoAnswer(
                 f"{self.url}: no answer ({type(error).__name__}: {error}); start the daemon or correct the address, which its log names"
             ) from None
+        if answer.status_code == 401:
+            raise NoAnswer(
+                f"{self.url}: the daemon takes a token, and ours is not its; set $STREAMPRIOR_HTTP_TOKEN or give the device `token`"
+            )
         if answer.status_code != 200:
             raise NoAnswer(f"{self.url}/status: HTTP {answer.status_code}; that is not a streamprior daemon, or one before 0.4")
         return parse(body, self.url)

@@ -6,11 +6,11 @@ import time
 from typing import Literal
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from streamprior.config import SourceSettings
 from streamprior.errors import ConfigError
 from streamprior.seams import Parts
+from streamprior.sources.curve import Door, KeyFiles, key_files, told
 from streamprior.wire.documents import REFUSED_BY_TRANSPORT
 
 _OVER = 4
@@ -32,13 +32,15 @@ class ZmqPull:
     def __init__(self, settings: SourceSettings) -> None:
         self.name = settings.name
         self._settings = settings
+        self._files = key_files(settings, "source")
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
+        self._door: Door | None = None
 
     def open(self) -> None:
         settings = self._settings
         self._context = zmq.Context()
-        socket = self._context.socket(zmq.PULL)
+        socket = self._socket = self._context.socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, settings.high_water_mark)
         if settings.attach == "bind":
             # Anyone may connect, and makes a connection that is cut anew. A detector that we connect to is ours, and libzmq would never
@@ -46,12 +48,17 @@ class ZmqPull:
             socket.setsockopt(zmq.MAXMSGSIZE, _OVER * settings.max_message_mb * 2**20)
         socket.setsockopt(zmq.LINGER, 0)
         try:
+            if self._files is not None:
+                self._door = Door(self._context, socket, self._files, settings.address, self.name)
             _bind_or_connect(socket, settings.attach, settings.address, "source.address")
         except ConfigError:
-            socket.close()
-            self._context.term()
+            self.close()
             raise
-        self._socket = socket
+
+    @property
+    def refused(self) -> int:
+        """Connections that were refused for want of the right key."""
+        return self._door.refused if self._door is not None else 0
 
     @property
     def address(self) -> str:
@@ -62,16 +69,20 @@ class ZmqPull:
     def receive(self, timeout_s: float) -> bytes | Parts | None:
         """A message of one part is its bytes, one of several a tuple of them."""
         assert self._socket is not None
+        if self._door is not None:
+            self._door.look()
         message = _at_once(self._socket)
-        if message is None and self._socket.poll(round(timeout_s * 1000)):
+        if message is None and _ready(self._socket, self._door, timeout_s):
             message = _at_once(self._socket)
         return message
 
     def close(self) -> None:
         if self._socket is not None and self._context is not None:
+            if self._door is not None:
+                self._door.close()
             self._socket.close()
             self._context.term()
-        self._socket = self._context = None
+        self._socket = self._context = self._door = None
 
 
 class ZmqSubscribe:
@@ -88,6 +99,7 @@ class ZmqSubscribe:
     high_water_mark : messages that ZMQ may hold are 100 times as many.
     max_message_bytes : the decoder's limit.
     setting : what an error about the address names.
+    files : keys; None takes documents from whoever reaches the socket.
 
     Raises ConfigError from `open` where the address is taken, not ours or malformed.
     """
@@ -102,13 +114,15 @@ class ZmqSubscribe:
         high_water_mark: int,
         max_message_bytes: int,
         setting: str = "source.address",
+        files: KeyFiles | None = None,
     ) -> None:
         self.name = name
         self._endpoint, self._attach, self._setting = address, attach, setting
-        self._high_water_mark, self._max_message_bytes = high_water_mark, max_message_bytes
+        self._high_water_mark, self._max_message_bytes, self._files = high_water_mark, max_message_bytes, files
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
+        self._door: Door | None = None
         self._lost_at: float | None = None  # monotonic; a connection that libzmq has not said it would make again
 
     def open(self) -> None:
@@ -119,9 +133,12 @@ class ZmqSubscribe:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._socket = socket
-        if self._attach == "connect":
-            self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECTED)
+        losses = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECTED if self._attach == "connect" else 0
         try:
+            if self._files is not None:
+                self._door = Door(self._context, socket, self._files, self._endpoint, self.name, losses)
+            elif losses:
+                self._monitor = socket.get_monitor_socket(losses)
             _bind_or_connect(socket, self._attach, self._endpoint, self._setting)
         except ConfigError:
             self.close()
@@ -133,13 +150,20 @@ class ZmqSubscribe:
         assert self._socket is not None
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
+    @property
+    def refused(self) -> int:
+        """Connections that were refused for want of the right key."""
+        return self._door.refused if self._door is not None else 0
+
     def receive(self, timeout_s: float) -> bytes | Parts | None:
         """A message of one part is its bytes, one of several, which no Bluesky publisher sends, a tuple of them."""
         assert self._socket is not None
+        if self._door is not None:
+            self._note(self._door.look())
         message = _at_once(self._socket)
         if message is None and self._connected_anew():  # only where nothing comes can the connection be gone
             return REFUSED_BY_TRANSPORT
-        if message is None and self._socket.poll(round(timeout_s * 1000)):
+        if message is None and _ready(self._socket, self._door, timeout_s):
             message = _at_once(self._socket)
         return message
 
@@ -148,23 +172,35 @@ class ZmqSubscribe:
             if self._monitor is not None:
                 self._socket.disable_monitor()
                 self._monitor.close(0)
+            if self._door is not None:
+                self._door.close()
             self._socket.close()
             self._context.term()
-        self._socket = self._context = self._monitor = None
+        self._socket = self._context = self._monitor = self._door = None
 
     def _connected_anew(self) -> bool:
         """Whether the transport had refused a message and given the connection up; then it has been made again."""
-        if self._monitor is None or self._socket is None:
+        if self._socket is None or self._attach == "bind":
             return False
-        while self._monitor.poll(0):
-            lost = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
-            self._lost_at = time.monotonic() if lost else None
+        if self._monitor is not None:
+            self._note([event for event, _ in told(self._monitor)])
+        if self._door is not None and self._door.failing:  # no message was refused: nobody was let in, and the door tries again
+            self._lost_at = None
         if self._lost_at is None or time.monotonic() < self._lost_at + _GIVEN_UP_S:
             return False
         self._lost_at = None
         self._socket.disconnect(self._endpoint)
         _bind_or_connect(self._socket, self._attach, self._endpoint, self._setting)
         return True
+
+    def _note(self, events: list[int]) -> None:
+        for event in events:
+            self._lost_at = time.monotonic() if event == zmq.EVENT_DISCONNECTED else None
+
+
+def _ready(socket: zmq.Socket[bytes], door: Door | None, timeout_s: float) -> bool:
+    """Wait for a message; a handshake that has to be answered ends it too."""
+    return bool(socket.poll(round(timeout_s * 1000))) if door is None else door.wait(timeout_s)
 
 
 def _at_once(socket: zmq.Socket[bytes]) -> bytes | Parts | None:
