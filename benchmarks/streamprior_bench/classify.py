@@ -125,18 +125,18 @@ def _two_cores(size: int, repeats: int) -> dict[str, Any]:
     """As many frames on each of two threads as on the one beside them."""
     frames = synthetic_frames(size)
     prior = synthetic_prior(frames, 3)
-    works = [_again(partial(Classifier(prior).classes, frames, ~prior.invalid), size) for _ in range(2)]
-    number = _TURNS[size] * len(frames)
-    return _two_over_one(works[0], beside(*works), number, 2 * number, repeats)
+    turns = min(40, max(1, _TURN_PIXELS // frames.size))
+    works = [_again(partial(Classifier(prior).classes, frames, ~prior.invalid), turns) for _ in range(2)]
+    return _two_over_one(works[0], beside(*works), turns * len(frames), 2 * turns * len(frames), repeats)
 
 
-_TURNS = {104: 40, 512: 40, 2048: 4}
-"""Calls of a thread in one turn: for a tenth of a second, as the system takes some milliseconds to move a woken thread to the idle core."""
+_TURN_PIXELS = 2**25
+"""Of a thread in one turn: a tenth of a second, as the system takes some milliseconds to move a woken thread to the idle core."""
 
 
-def _again(work: Callable[[], object], size: int) -> Callable[[], None]:
+def _again(work: Callable[[], object], turns: int) -> Callable[[], None]:
     def works() -> None:
-        for _ in range(_TURNS[size]):
+        for _ in range(turns):
             work()
 
     return works
