@@ -86,7 +86,7 @@ def example_meters() -> Meters:
 
 def newest_timed() -> Path:
     """The newest measurement, and no study."""
-    studies = {file for study in ("prior", "scans") for file in RESULTS.glob(f"*-{study}.jsonl")}
+    studies = {file for study in ("prior", "scans", "overload") for file in RESULTS.glob(f"*-{study}.jsonl")}
     return max(set(RESULTS.glob("*.jsonl")) - studies)
 
 
