@@ -14,7 +14,7 @@ from streamprior.prior import Prior
 from streamprior.records import Batch, Detector, Frame, RunStarted
 from streamprior.seams import Stage, Watch
 from streamprior.stages.classify_cuda import make_classifier
-from streamprior.stages.drift import DriftWatch, measured_here, signals
+from streamprior.stages.drift import DriftWatch, mask_numbers, measured_here, signals
 from streamprior.stages.match import Matcher
 from streamprior.stages.prepare import Preparer, load_corrections
 from streamprior.stages.refine import Refiner, refine
@@ -88,6 +88,10 @@ class Recipe:
             batch = Batch(run, (Frame("", "", 0, blank, 0.0), Frame("", "", 1, blank, 0.0)))
             for stage in stages:
                 batch = stage(batch)
+            assert batch.photons is not None
+            assert batch.classes is not None
+            reference = self.prior.reference
+            mask_numbers(list(batch.classes.ids), list(batch.photons.counts), reference, reference, len(self.prior.class_names))
         if check_backend(self.backend, ("cpu", "cuda")) == "cuda":
             self._compare_with_cpu()
 
