@@ -126,13 +126,13 @@ class Mailbox(Generic[T]):
 
     def _put(self, item: T, nbytes: int, losers: list[T]) -> None:
         """One item, with the lock held; what is left out for it, or it itself, joins the losers."""
-        droppable = self._droppable(item)
+        # Who may be dropped is asked only of a full mailbox: it costs a look into the message.
         while self._full(nbytes) and not self._closed and not self._make_room(nbytes, losers):
-            if droppable and self.policy != "block":
+            if self.policy != "block" and self._droppable(item):
                 break
             self._filled.notify()  # of what this call has put in already
             self._emptied.wait()
-        if self._closed or (self.policy == "drop_newest" and self._full(nbytes) and droppable):
+        if self._closed or (self.policy == "drop_newest" and self._full(nbytes) and self._droppable(item)):
             losers.append(item)
         else:
             self._items.append((item, nbytes))
