@@ -88,11 +88,7 @@ def serve(told: Connection, channel: str) -> None:
 
 
 class Ioc:
-    """An IOC in a process of its own, as they are; it posts images as areaDetector's plugin does.
-
-    Never in this one: where server and channel share a process, one run in five of pvapy 5.6.0 ended with std::bad_weak_ptr thrown in one
-    of pvAccess' threads.
-    """
+    """An IOC in a process of its own, as they are; it posts images as areaDetector's plugin does."""
 
     def __init__(self, does: tuple[Any, ...] = ("serve",)) -> None:
         self.ids = itertools.count(1)

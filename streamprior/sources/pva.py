@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from typing import Any
@@ -73,6 +74,9 @@ class PvaMonitor:
             return
         self._channel.stopMonitor()
         self._channel.unsubscribe(self.name)
+        # Never destroyed: a thread of pvapy's, which makes the connection, may still be in it (5.6.0: the process then ended in
+        # Channel::issueConnect with std::bad_weak_ptr, one time in sixty).
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._channel))
         overruns = self._channel.getMonitorCounters().get("nOverruns", 0)
         self._channel = None
         with self._turn:
