@@ -162,21 +162,25 @@ class RunAccount:
             self._other(self._number(fate), others)
         return count + others
 
-    def reopen(self, fates: Fates, lost: Fate) -> None:
-        """The run goes on: what got the fate `lost` has never come, so that it counts when it is read again."""
+    def reopen(self, fates: Fates, again: Iterable[Fate]) -> None:
+        """The run goes on: what got one of the fates `again` has never come, so that it counts when it is read again."""
         self.fates, self.closed, self.reason = fates, None, None
-        number = self._number(lost)
-        count, others = fates.unmake(number), self._others[number]
-        self._indexed[number] -= count
-        self._other(number, -others)
-        self.distinct -= count
-        self.received -= count + others
+        for number in map(self._number, again):
+            count, others = fates.unmake(number), self._others[number]
+            self._indexed[number] -= count
+            self._other(number, -others)
+            self.distinct -= count
+            self.received -= count + others
         self.extent = self._counted()["extent"]
         self.save()
 
     def in_flight(self) -> int:
         """From the frames themselves, not from the sums: a frame that a room lost stays visible here for ever."""
         return self.flying + self._others[IN_FLIGHT]
+
+    def is_flying(self, indices: npt.NDArray[np.int64]) -> bool:
+        """Whether one of these frames is on its way."""
+        return bool(np.any(self.fates.codes(indices) == IN_FLIGHT))
 
     def missing(self) -> int:
         expected = self.started.expected if self.started is not None else None

@@ -325,6 +325,19 @@ class RunSettings(_Room):
     """Seconds that SIGTERM gives the path to empty itself. A second signal leaves at once."""
 
 
+class RecoverySettings(_Room):
+    """What a restart finds after this process was killed: every run that was open goes on where its series does."""
+
+    mode: Literal["live", "complete"] = "live"
+    """live: frames that were on their way are lost, and listed (`streamprior ledger --left-out`). complete: every message is written down
+    before it goes on and read again after a restart, so that none is lost; that takes the stream's rate of the disk. For sources on a ZMQ
+    socket; documents are kept in any case."""
+    folder: Path | None = None
+    """Where messages are kept until their frames are archived: a local disk, as receiving waits for it. Default: in the state folder."""
+    most_mb: Annotated[int, Field(ge=64)] = 4096
+    """Most that is kept, MiB; beyond it the oldest images go, with an alarm. It never fills while the archive keeps up."""
+
+
 class ArchiveSettings(_Room):
     """The complete output, on disk."""
 
@@ -399,6 +412,7 @@ class Config(BaseSettings):
     queues: QueueSettings = QueueSettings()
     overload: OverloadSettings = OverloadSettings()
     runs: RunSettings = RunSettings()
+    recovery: RecoverySettings = RecoverySettings()
     archive: ArchiveSettings = ArchiveSettings()
     tiled: TiledSettings = TiledSettings()
     http: HttpSettings = HttpSettings()

@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +24,7 @@ from streamprior.crew import ThreadCrew
 from streamprior.errors import ConfigError, SinkUnavailable
 from streamprior.join import Joiner
 from streamprior.ladder import Ladder, Rung
-from streamprior.ledger import Ledger, account_line
+from streamprior.ledger import Ledger
 from streamprior.metrics import Meters
 from streamprior.mosaic.backend import overlap_maker
 from streamprior.mosaic.room import MosaicRoom
@@ -35,11 +34,12 @@ from streamprior.pipeline import Pipeline, Wire
 from streamprior.prior import Prior, load_prior
 from streamprior.quarantine import Quarantine
 from streamprior.records import MosaicImage
+from streamprior.recovery import go_on, rereads, spool_of
 from streamprior.runs import Runs
 from streamprior.seams import Sink, Source, Watch
 from streamprior.server import HttpServer, make_app
 from streamprior.service import STALL_S, Service
-from streamprior.sinks.archive import Archive, archived_frames
+from streamprior.sinks.archive import Archive
 from streamprior.sinks.bluesky_run import mirror_as_documents
 from streamprior.sinks.catalog import mirror_archive
 from streamprior.sinks.live import LatestArrays
@@ -50,6 +50,7 @@ from streamprior.sinks.space import SpaceWatch
 from streamprior.sources.curve import key_files
 from streamprior.sources.files import AsRead, file_source, open_recording
 from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
+from streamprior.spool import Spool
 from streamprior.stages.prepare import check_shape
 from streamprior.stages.recipe import Recipe
 from streamprior.wire.dectris_v1 import StreamV1Decoder
@@ -70,14 +71,20 @@ class Daemon:
     config: Config
     recipe: Recipe
     ledger: Ledger
-    source: Source
-    readings: Source | None
+    sources: Sequence[Source]
     pipeline: Pipeline
     archive: Archive
     space: SpaceWatch
     mirrors: Mapping[str, Mirror]
     server: HttpServer
+    go_on: Callable[[], None]
+    spool: Spool | None
     mosaic: MosaicRoom | None = None
+
+    @property
+    def source(self) -> Source:
+        """What frames come from."""
+        return self.sources[0]
 
 
 def build(
@@ -90,8 +97,7 @@ def build(
     """
     prior = load_prior(config.prior)
     recipe = Recipe(prior, config.prepare, config.refine, config.drift, config.recipe, config.compute.backend)
-    frames = _frames(config, feed)
-    readings = _readings(config)
+    frames, readings = _frames(config, feed), _readings(config)
     joiner = Joiner(config.positions, separate=readings is not None)
     space = SpaceWatch(
         config.archive.folder,
@@ -99,33 +105,29 @@ def build(
         config.archive.full_mb * _MIB,
         lambda short: ladder.hold("a nearly full disk", short),
     )
-    mirrors, archive, live = _sinks(config, prior, recipe, space)
-    sinks: list[Sink] = [archive, *live]
-    ledger = Ledger((sink.name for sink in sinks if sink.complete), state_folder() / "ledger")
+    provenance = _provenance(config, prior)
+    mirrors, archive, live = _sinks(config, prior, recipe, space, provenance)
+    ledger = Ledger((sink.name for sink in (archive, *live) if sink.complete), state_folder() / "ledger", rereads(config))
+    spool = spool_of(config, frames.source, ledger)
     page = LivePage(prior)
-    names = [*(sink.name for sink in sinks), "page", "prometheus", *(["mosaic"] if config.recipe == "ptycho" else [])]
+    names = [archive.name, *(sink.name for sink in live), "page", "prometheus", *(["mosaic"] if config.recipe == "ptycho" else [])]
     meters = Meters(config.source.name, recipe.stage_names, names, prior.class_names, recipe.signals)
     meters.build_info(
         version=__version__, prior=prior.content_hash, configuration=config.content_hash, device=device(config.compute.backend)
     )
-    drop = config.archive.when_full == "drop" or (config.archive.when_full == "auto" and config.source.kind not in ("file", "tiled"))
-    outboxes = [Outbox(sink, config.queues.outbox_mb * _MIB, ledger, meters, drop_when_full=drop) for sink in sinks if sink.complete]
-    # A live sink holds no more than a few results: it shows the newest.
-    shown: list[Sink] = [*live, page, Prometheus(meters)]
-    outboxes += [Outbox(sink, _MIB, ledger, meters) for sink in shown]
+    outboxes = _outboxes(config, ledger, meters, archive, [*live, page, Prometheus(meters)])
     room: MosaicRoom | None = None
     if config.recipe == "ptycho":
         room = _mosaic(config, prior, outboxes, lambda: pipeline.stopping, meters)
         outboxes = [Outbox(room, config.queues.outbox_mb * _MIB, ledger, meters, feeds=outboxes, every=True), *outboxes]
-    overload = config.overload
 
     def changed(rung: Rung) -> None:
         meters.degraded(rung)
         heard(rung)
 
     # Frames that lie in a file wait there for nothing.
-    furthest = "nothing" if config.source.kind in ("file", "tiled", "documents") else overload.furthest
-    ladder = Ladder(furthest, overload.late_s, overload.calm_s, recipe.refines, changed)
+    furthest = "nothing" if config.source.kind in ("file", "tiled", "documents") else config.overload.furthest
+    ladder = Ladder(furthest, config.overload.late_s, config.overload.calm_s, recipe.refines, changed)
     crew = ThreadCrew(
         recipe.stages,
         prior,
@@ -136,12 +138,13 @@ def build(
         meters.stage,
         ladder,
     )
+    watches = [*recipe.watches(), *watches]
     pipeline = Pipeline(
         frames,
         joiner,
         Runs(ledger.distinct, config.runs.late_s, config.runs.idle_s),
         crew,
-        [*recipe.watches(), *watches],
+        watches,
         outboxes,
         ledger,
         meters,
@@ -151,23 +154,23 @@ def build(
         keep=Quarantine(state_folder() / "quarantine").keep,
         readings=readings,
         ladder=ladder,
+        spool=spool,
     )
-    queues: dict[str, Callable[[], int]] = {
+    queues = {
         "receive": lambda: pipeline.received.nbytes,
         "compute": lambda: crew.queued_bytes,
         "sequence": lambda: crew.waiting_bytes,
         "positions": lambda: joiner.nbytes,
     }
     queues |= {outbox.sink.name: _bytes_of(outbox) for outbox in outboxes}
-    doors = [
-        source
-        for source in (frames.source, readings.source if readings is not None else None)
-        if isinstance(source, ZmqPull | ZmqSubscribe)
-    ]
+    sources = [wire.source for wire in (frames, readings) if wire is not None]
+    doors = [source for source in sources if isinstance(source, ZmqPull | ZmqSubscribe)]
     meters.watch(ledger.in_flight, ledger.missing, queues, lambda: sum(door.refused for door in doors))
     meters.watch_path(lambda: bool(pipeline.stalled(STALL_S)))
     meters.watch_ledger(ledger.unaccounted, ledger.on_disk)
     meters.watch_space(lambda: space.free_bytes, lambda: space.level)
+    if spool is not None:
+        meters.watch_spool(lambda: spool.nbytes, lambda: not spool.failing)
 
     def ready() -> dict[str, bool]:
         state = {f"sink_{outbox.sink.name}": outbox.up for outbox in outboxes}
@@ -179,13 +182,14 @@ def build(
         config,
         recipe,
         ledger,
-        frames.source,
-        readings.source if readings is not None else None,
+        sources,
         pipeline,
         archive,
         space,
         mirrors,
         server,
+        lambda: go_on(config, provenance, ledger, spool, pipeline, watches),
+        spool,
         room,
     )
 
@@ -201,8 +205,7 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         daemon.archive.open()
     except SinkUnavailable as error:
         raise ConfigError(f"archive.folder: {error}") from None
-    for account in daemon.ledger.recall(partial(_archived, daemon.config.archive.folder)):
-        log.warning("run was interrupted: the process that had it open was killed", run=account["run"], ledger=account_line(account))
+    daemon.go_on()
     daemon.space.look()
     log.info("warming up", kernels=str(state_folder()))
     _keep_freed_memory()
@@ -215,27 +218,19 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     daemon.server.start()
     daemon.space.start()
     try:
-        daemon.source.open()
-        if daemon.readings is not None:
-            daemon.readings.open()
+        for source in daemon.sources:
+            source.open()
         drained = _serve(daemon, until)
         for mirror in daemon.mirrors.values():
             mirror.close(daemon.config.runs.drain_s if drained else 0.0)
+        if daemon.spool is not None:
+            daemon.spool.close(empty=drained and daemon.pipeline.failure is None)
     finally:
         daemon.space.stop()
         daemon.server.stop()
     if daemon.pipeline.failure is not None or not daemon.ledger.is_balanced():
         return EXIT_OURS
     return EXIT_OK if drained else EXIT_NOT_DRAINED
-
-
-def _archived(folder: Path, uid: str) -> list[int]:
-    """Frames of a run that the archive has; none where what a kill left of it cannot be read."""
-    try:
-        return [int(index) for index in archived_frames(folder, uid)]
-    except (OSError, ValueError, KeyError) as error:
-        log.warning("the archive of an interrupted run cannot be read: what was on its way counts as lost", run=uid, error=str(error))
-        return []
 
 
 def _keep_freed_memory() -> None:
@@ -363,15 +358,27 @@ def _readings(config: Config) -> Wire | None:
     return Wire(source, DocumentsDecoder(source.name, config.documents, positions, False, most))
 
 
-def _sinks(config: Config, prior: Prior, recipe: Recipe, space: SpaceWatch) -> tuple[dict[str, Mirror], Archive, list[Sink]]:
-    """The archive, what mirrors it in Tiled where the configuration names one, and what shows the newest there."""
-    provenance = {
+def _provenance(config: Config, prior: Prior) -> dict[str, str]:
+    return {
         "prior_hash": prior.content_hash,
         "configuration_hash": config.content_hash,
         "version": __version__,
         "recipe": config.recipe,
         "device": device(config.compute.backend),
     }
+
+
+def _outboxes(config: Config, ledger: Ledger, meters: Meters, archive: Archive, shown: Sequence[Sink]) -> list[Outbox]:
+    """A room for each sink. One that shows things holds no more than a few results: it shows the newest."""
+    drop = config.archive.when_full == "drop" or (config.archive.when_full == "auto" and config.source.kind not in ("file", "tiled"))
+    complete = Outbox(archive, config.queues.outbox_mb * _MIB, ledger, meters, drop_when_full=drop)
+    return [complete, *(Outbox(sink, _MIB, ledger, meters) for sink in shown)]
+
+
+def _sinks(
+    config: Config, prior: Prior, recipe: Recipe, space: SpaceWatch, provenance: Mapping[str, str]
+) -> tuple[dict[str, Mirror], Archive, list[Sink]]:
+    """The archive, what mirrors it in Tiled where the configuration names one, and what shows the newest there."""
     mirrors: dict[str, Mirror] = {}
     live: list[Sink] = []
     if config.tiled.uri is not None:

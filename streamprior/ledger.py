@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ _MOST_RANGES = 10_000
 """Ranges of frames in one answer; every second frame of 1e7 would be five million."""
 
 
-_CRASH = Fate("dropped", "path", "crash")
+_CRASH, _SHUTDOWN = Fate("dropped", "path", "crash"), Fate("dropped", "path", "shutdown")
 
 
 class Ledger:
@@ -50,10 +50,12 @@ class Ledger:
     ----------
     complete_sinks : names of the sinks that account for every frame; a frame is published once all of them have it.
     folder : where the files are; None keeps everything in memory. Several processes may share it.
+    reread : messages of an earlier process are received again, so that what was on its way then is not lost.
     """
 
-    def __init__(self, complete_sinks: Iterable[str], folder: Path | None = None) -> None:
+    def __init__(self, complete_sinks: Iterable[str], folder: Path | None = None, reread: bool = False) -> None:
         self._complete = frozenset(complete_sinks)
+        self._again = (_CRASH, _SHUTDOWN) if reread else ()
         self._folder = folder
         self._runs: OrderedDict[str, RunAccount] = OrderedDict()
         self._earlier: OrderedDict[str, RunAccount] = OrderedDict()
@@ -89,7 +91,7 @@ class Ledger:
         return interrupted
 
     def open_run(self, run: RunStarted) -> None:
-        """A run opens; one that `recall` found interrupted goes on. What it had in flight has then never come, and counts when it comes."""
+        """A run opens; one that `recall` found goes on. Where its messages are received again, what it had in flight has never come."""
         with self._lock:
             if run.uid in self._earlier and self._resume(run.uid):
                 return
@@ -149,12 +151,27 @@ class Ledger:
         """The path was left before it was empty: whatever is in flight becomes dropped at path: shutdown. Returns how many."""
         with self._lock:
             now = time.time()
-            return sum(run.write_off(Fate("dropped", "path", "shutdown"), now) for run in self._own())
+            return sum(run.write_off(_SHUTDOWN, now) for run in self._own())
 
     def distinct(self, uid: str) -> int:
         """Frames of the run that came in, duplicates not counted."""
         with self._lock:
             return self._run(uid).distinct
+
+    def knows(self, uid: str, index: int) -> bool:
+        """Whether the run has this frame already."""
+        with self._lock:
+            return self._run(uid).fate(index).kind != "never received"
+
+    def settled(self, uid: str, indices: Sequence[int]) -> bool:
+        """Whether each of these frames has a fate."""
+        with self._lock:
+            return uid not in self._runs or not self._runs[uid].is_flying(np.asarray(indices, np.int64))
+
+    def is_over(self, uid: str) -> bool:
+        """Whether the run has left every complete sink."""
+        with self._lock:
+            return uid not in self._runs or self._runs[uid].closed is not None
 
     def find(self, name: str) -> str:
         """The uid of the run that a person means: by uid, the beginning of one, or its series. KeyError where that is none, or several."""
@@ -248,7 +265,7 @@ class Ledger:
         """Whether the run of an earlier process can go on."""
         earlier = self._earlier.pop(uid)
         try:
-            earlier.reopen(Fates(earlier.fates.path, "again"), _CRASH)
+            earlier.reopen(Fates(earlier.fates.path, "again"), self._again)
         except (InUse, OSError, ValueError) as error:
             log.warning("a run goes on with a new ledger: the one it had cannot be read", run=uid, error=str(error))
             return False

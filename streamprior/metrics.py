@@ -162,6 +162,15 @@ class Meters:
         text = "1 while a room of the path has been in one step for half a minute; the log names it."
         Gauge("path_stalled", text, namespace="streamprior", registry=self.registry).set_function(stalled)
 
+    def watch_spool(self, nbytes: Callable[[], int], safe: Callable[[], bool]) -> None:
+        """What a restart would find, looked up when somebody scrapes."""
+        told: dict[str, tuple[str, Callable[[], float]]] = {
+            "spool_bytes": ("Messages on disk that a restart would read again.", nbytes),
+            "spool_up": ("1 while what a restart needs is written to disk; 0: were the process killed now, it would be lost.", safe),
+        }
+        for name, (text, value) in told.items():
+            Gauge(name, text, namespace="streamprior", registry=self.registry).set_function(value)
+
     def watch_ledger(self, unaccounted: Callable[[], int], on_disk: Callable[[], bool]) -> None:
         """Whether the ledger can be trusted, looked up when somebody scrapes."""
         told: dict[str, tuple[str, Callable[[], float]]] = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 
 import structlog
 
@@ -27,6 +27,7 @@ from streamprior.outbox import Outbox
 from streamprior.records import Frame, Positions, Result, RunEnded, RunStarted, SeriesEnd, SeriesStart
 from streamprior.runs import LateFrame, Runs
 from streamprior.seams import Admit, Decoded, Decoder, Keep, Message, PathItem, Source, Watch, document_nbytes
+from streamprior.spool import Spool, Spooled
 
 log = structlog.get_logger(__name__)
 
@@ -53,11 +54,17 @@ class Wire:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A raw message, when it left the socket (Unix seconds) and the wire that it came over."""
+    """A raw message, when it left the socket (Unix seconds) and the wire that it came over.
+
+    number : the spool's. again : an earlier process received it, whose restart reads it again. counted : and had decoded it.
+    """
 
     message: Message
     at: float
     wire: Wire
+    number: int = 0
+    again: bool = False
+    counted: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +85,7 @@ class Pipeline:
     admit : called with each frame's counts before it joins a batch; raises WireError where it cannot be processed.
     keep : called with each message that is quarantined and the reason (a bounded folder on disk).
     ladder : says what is left out while the path is behind.
+    spool : what a restart needs is written there; None where the source can be read again, or its messages cannot be kept.
     """
 
     def __init__(
@@ -96,14 +104,23 @@ class Pipeline:
         keep: Keep = lambda message, error: None,
         readings: Wire | None = None,
         ladder: Ladder | None = None,
+        spool: Spool | None = None,
     ) -> None:
+        self._spool = spool
+        self._recovered: Iterator[Spooled] = iter(())
+        self._recovering = threading.Event()  # set while a restart reads again what an earlier process received
+        self._recovered_at = -math.inf  # when the last of that was received first
+        self._item: Received | None = None  # in the decoder's hands
         self._ladder = ladder or Ladder("nothing", math.inf, math.inf)
         self._frames, self._readings, self._joiner, self._runs, self._crew = frames, readings, joiner, runs, crew
         self._watches, self._outboxes, self._ledger, self._meters = watches, outboxes, ledger, meters
         self._admit, self._keep = admit, keep
         self._policy = receive_policy
         self.received: Mailbox[Received] = Mailbox(
-            receive_bytes, receive_policy, dropped=self._unheard, droppable=lambda item: item.wire.decoder.expendable(item.message)
+            receive_bytes,
+            receive_policy,
+            dropped=self._unheard,
+            droppable=lambda item: not item.again and item.wire.decoder.expendable(item.message),
         )
         self._receiving = 1 if readings is None else 2
         self._ticket = 0
@@ -137,6 +154,12 @@ class Pipeline:
         self.started = True
         for thread in self._threads:
             thread.start()
+
+    def go_on(self, recovered: Iterator[Spooled], interrupted: Sequence[RunStarted]) -> None:
+        """Before `start`: what an earlier process received comes first, and the runs that it left open go on."""
+        self._recovered = recovered
+        self._recovering.set()
+        self._runs.resume(interrupted)
 
     @property
     def stopping(self) -> bool:
@@ -179,12 +202,14 @@ class Pipeline:
     def receive(self, wire: Wire) -> bool:
         """Socket -> mailbox. Only drains, stamps and hands over: nothing is decoded here."""
         source = wire.source
+        if self._recovering.is_set():
+            return self._receive_again(wire)
         stopping = self._stopping.is_set()
         drained: list[Received] = []
         try:
             self._drain(wire, drained, 0 if stopping else BEAT_S)
         finally:  # what came before a source failed has been accepted
-            self.received.put_all(drained)
+            self.received.put_all(self._kept(drained))
         # On a stop, what the socket already holds still counts as accepted; a sender that goes on for ever does not.
         over = source.exhausted or (stopping and (not drained or time.monotonic() > self._stopped_at + _GRACE_S))
         if over:
@@ -197,6 +222,33 @@ class Pipeline:
             if last:
                 self.received.close()
         return not over
+
+    def _receive_again(self, wire: Wire) -> bool:
+        """Spool -> mailbox; the sockets wait meanwhile, so that everything comes in the order that it was received."""
+        if wire is not self._frames:
+            time.sleep(BEAT_S)
+            return True
+        again: list[Received] = []
+        found = [*islice(self._recovered, _MOST)]
+        for one in found:
+            of = self._readings if one.wire else self._frames
+            if of is not None:
+                again.append(Received(one.message, one.at, of, one.number, again=True, counted=one.decoded))
+                self._recovered_at = max(self._recovered_at, one.at)
+        self.received.put_all(again)
+        if len(found) < _MOST:
+            self._recovering.clear()
+        return True
+
+    def _kept(self, drained: list[Received]) -> list[Received]:
+        """The same, safe from a kill, and numbered."""
+        if self._spool is None or not drained:
+            return drained
+        wire = drained[0].wire
+        first = self._spool.keep(
+            int(wire is not self._frames), ((one.message, one.at, wire.decoder.expendable(one.message)) for one in drained)
+        )
+        return [replace(one, number=number) for number, one in enumerate(drained, first)]
 
     def _drain(self, wire: Wire, drained: list[Received], timeout_s: float) -> None:
         """The next message, and those that are there already."""
@@ -218,22 +270,39 @@ class Pipeline:
             self._submit()
             self._crew.close()
             return False
-        self._ladder.observe(time.time() - batch[0].at if batch else 0.0)
+        self._ladder.observe(time.time() - batch[0].at if batch and not batch[0].again else 0.0)
         self.received.policy = "drop_newest" if self._ladder.rung.drop else self._policy
         for item in batch:
             self._decode_one(item)
         # While the path is behind, the position that a frame waits for may have been received and be waiting here as well.
-        self._release(batch[-1].at if batch and len(self.received) else time.time())
+        now = batch[-1].at if batch and len(self.received) else time.time()
+        self._release(now)
         self._turn(self._runs.tick())
+        if self._spool is not None:
+            self._spool.tidy(now)
         self._submit()
         return True
 
     def _decode_one(self, item: Received) -> None:
+        self._item = item
         try:
             for record in item.wire.decoder.decode(item.message, item.at):
-                self._take(item.wire, record, item.message, item.at)
+                if not self._is_repetition(item, record):
+                    self._take(item.wire, record, item.message, item.at)
         except WireError as error:
             self._refuse(item.wire, item.message, error)
+        if self._spool is not None:
+            self._spool.decoded(int(item.wire is not self._frames), item.number)
+
+    def _is_repetition(self, item: Received, record: Decoded | WireError) -> bool:
+        """Whether a start message is read again that had opened no run, as its run was open. The spool hears of all that begin a series."""
+        if self._spool is None or item.wire is not self._frames or not isinstance(record, SeriesStart | Frame):
+            return False
+        starts = isinstance(record, SeriesStart)
+        if starts and item.counted and not self._spool.opened_by(item.number):
+            return True
+        self._spool.seen(record.series, item.number, starts)
+        return False
 
     def _release(self, now: float) -> None:
         """What decoders and joiner held back and may hold no longer; infinity: everything."""
@@ -254,7 +323,7 @@ class Pipeline:
 
     def _hear(self, record: Decoded, message: Message) -> None:
         if isinstance(record, SeriesStart):
-            self._turn(self._runs.start(record))
+            self._turn(self._runs.start(record, again=self._item is not None and self._item.counted))
         elif isinstance(record, SeriesEnd):
             self._locate(Positions(record.source, record.series, record.late))
             self._turn(self._runs.end(record))
@@ -280,15 +349,24 @@ class Pipeline:
 
     def _enter(self, frame: Frame, message: Message) -> None:
         """A decoded frame joins its run, unless it is late, known already, or of no use to the prior."""
-        self._meters.received()
+        again = frame.received <= self._recovered_at
+        if not again:
+            self._meters.received()
         try:
-            changes = self._runs.frame(frame)
+            changes = self._runs.frame(frame, again)
         except LateFrame as late:
-            self._turn_away(late.uid, "decode", "late")
+            if not again:
+                self._turn_away(late.uid, "decode", "late")
             return
         self._turn(changes)
         run = self._runs.current
         assert run is not None
+        if again:
+            if self._ledger.knows(run.uid, frame.index):
+                return  # its fate was decided before the restart
+            self._meters.received()
+        if self._spool is not None:
+            self._spool.entered(run.uid, frame.index)
         if not self._ledger.received(run.uid, frame.index, frame.received):
             self._ledger.dropped(run.uid, None, "decode", "duplicate")
             self._meters.dropped("decode", "duplicate")
@@ -324,6 +402,10 @@ class Pipeline:
             if isinstance(change, RunStarted):
                 self._ledger.open_run(change)
                 log.info("run opened", run=change.uid, series=change.series, expected=change.expected)
+                if self._spool is not None:
+                    self._spool.opened(change, self._item.number if self._item is not None else 0)
+            elif self._spool is not None:
+                self._spool.ended(change.uid)
             self._pass_on(change)
 
     def sequence(self) -> bool:
@@ -363,6 +445,8 @@ class Pipeline:
 
     def _refuse(self, wire: Wire, message: Message, error: WireError) -> None:
         """A message that could not be read. One of the other wire is no frame of the run in hand."""
+        if self._item is not None and self._item.counted:
+            return  # before the restart
         self._quarantine(None, message, error, wire is self._frames)
 
     def _quarantine(self, index: int | None, message: Message, error: WireError, of_run: bool = True) -> None:

@@ -152,7 +152,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """A run is over; `reason` is one of end, new_series, idle, shutdown."""
+    """A run is over; `reason` is one of end, complete, new_series, idle, shutdown, interrupted."""
 
     uid: str
     reason: str

@@ -6,7 +6,7 @@ import math
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import structlog
@@ -50,31 +50,45 @@ class Runs:
         self._announced = False  # the open run began with a start message
         self._closed: OrderedDict[str, tuple[str, float]] = OrderedDict()  # series -> uid, when it was heard of last
         self._paused: RunStarted | None = None  # closed because nothing came; its series may go on
+        self._interrupted: list[RunStarted] = []
+        self._silent = False  # the open run is an interrupted one, of which nothing came since
         self._share = _Share()
+
+    def resume(self, interrupted: Iterable[RunStarted]) -> None:
+        """Runs that an earlier process was killed in, oldest first: they go on where the next run of their series would begin."""
+        self._interrupted = [*interrupted]
 
     @property
     def current(self) -> RunStarted | None:
         return self._open
 
-    def start(self, hint: SeriesStart) -> list[RunStarted | RunEnded]:
+    def start(self, hint: SeriesStart, again: bool = False) -> list[RunStarted | RunEnded]:
         """A start message. A repeated one changes nothing: the run's detector is fixed by its first hint.
 
         After frames and a start message, or after the end message, it is no repetition: the sender counts its series from 1 again, and
-        the frames to come would all be taken for duplicates.
+        the frames to come would all be taken for duplicates. One that a restart reads `again` opens the run that it had opened; where that
+        one cannot go on, another is opened by the next frame of the series, if there is any.
         """
         self._heard = self._clock()
         if self._open is not None and self._open.series == hint.series:
             again = self._announced and self._distinct(self._open.uid) > 0
             if not (again or self._ending):
                 return []
+        if again and not any(_is_of(hint, one) for one in self._interrupted):
+            ended = self._close("new_series")
+            self._paused = RunStarted("", hint.source, hint.series, 0.0, None, hint.detector, hint.metadata)
+            return [*ended]
         ended, started = self._close("new_series"), self._begin(hint)
         self._announced = True
         return [*ended, started]
 
-    def frame(self, frame: Frame) -> list[RunStarted | RunEnded]:
-        """A frame: what it opened or closed; it belongs to the run that is then `current`. Raises LateFrame for a closed run's."""
+    def frame(self, frame: Frame, again: bool = False) -> list[RunStarted | RunEnded]:
+        """A frame: what it opened or closed; it belongs to the run that is then `current`. Raises LateFrame for a closed run's.
+
+        again : it is read again after a restart, and does not show that its sender is still there.
+        """
         if self._open is not None and self._open.series == frame.series:
-            self._heard = self._clock()
+            self._heard, self._silent = self._clock(), self._silent and again
             self._share.saw(frame.index, frame.series)
             return []
         now = self._clock()
@@ -87,6 +101,7 @@ class Runs:
         if self._paused is not None and self._paused.series == frame.series:
             hint = replace(hint, detector=self._paused.detector, metadata=self._paused.metadata)
         ended, started = self._close("new_series"), self._begin(hint)
+        self._silent = self._silent and again
         return [*ended, started]
 
     def end(self, hint: SeriesEnd) -> list[RunEnded]:
@@ -112,9 +127,13 @@ class Runs:
         return self._close(self._ending or "shutdown")
 
     def _begin(self, hint: SeriesStart) -> RunStarted:
-        uid = str(uuid.uuid4())
+        before = next((one for one in self._interrupted if _is_of(hint, one)), None)
+        if before is not None:
+            self._interrupted.remove(before)
+        uid, opened = (str(uuid.uuid4()), time.time()) if before is None else (before.uid, before.opened)
+        self._silent = before is not None
         # 0 expected frames stand for an unknown number: the run would otherwise be whole before its first one.
-        self._open = RunStarted(uid, hint.source, hint.series, time.time(), hint.expected or None, hint.detector, hint.metadata)
+        self._open = RunStarted(uid, hint.source, hint.series, opened, hint.expected or None, hint.detector, hint.metadata)
         self._ending, self._announced, self._paused = None, False, None
         self._closed.pop(hint.series, None)
         return self._open
@@ -123,6 +142,8 @@ class Runs:
         if self._open is None:
             return []
         run, self._open, self._ending = self._open, None, None
+        if self._silent and reason in ("new_series", "idle"):
+            reason = "interrupted"
         if reason == "idle":
             # A scan that waits for a trigger or is paused by hand goes on after any time: its next frame opens a run again.
             self._paused = run
@@ -131,6 +152,10 @@ class Runs:
         while len(self._closed) > _REMEMBERED:
             self._closed.popitem(last=False)
         return [RunEnded(run.uid, reason, time.time())]
+
+
+def _is_of(hint: SeriesStart, run: RunStarted) -> bool:
+    return (hint.source, hint.series) == (run.source, run.series)
 
 
 _SAME = 50

@@ -242,8 +242,8 @@ class Archive:
             (ended.folder / RUN_FILE).stat()
             for array in ended.arrays.values():
                 array.trim(ended.about["extent"])
-            # A run that our own shutdown cut short is not complete, whatever reached the disk.
-            status = "interrupted" if run.reason == "shutdown" else "complete"
+            # A run that our own shutdown or a kill cut short is not complete, whatever reached the disk.
+            status = "interrupted" if run.reason in ("shutdown", "interrupted") else "complete"
             _replace_json(ended.folder / RUN_FILE, ended.about | {"status": status, "end_reason": run.reason, "closed": run.closed})
         del self._runs[run.uid]
         self._ended[run.uid] = ended.folder
@@ -424,10 +424,16 @@ def read_run(folder: Path) -> ArchivedRun:
 
 def archived_frames(folder: Path, uid: str) -> npt.NDArray[np.int64]:
     """(N,) indices of a run's frames that an archive has whole; none where it does not know the run."""
+    run = archived_run(folder, uid)
+    return np.empty(0, np.int64) if run is None else read_indices(run / "frames")
+
+
+def archived_run(folder: Path, uid: str) -> Path | None:
+    """The folder of a run in an archive; None where it does not know the run."""
     for run in folder.glob(f"*-{uid[:8]}"):
         if (run / RUN_FILE).exists() and read_about(run)["uid"] == uid:
-            return read_indices(run / "frames")
-    return np.empty(0, np.int64)
+            return run
+    return None
 
 
 def _origin_of(about: Mapping[str, Any]) -> dict[str, Any]:

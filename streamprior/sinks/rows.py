@@ -248,6 +248,15 @@ def read_table(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in parts]) if parts else pa.table({})
 
 
+def read_newest(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The rows that were written last, at most `count` of the last parts, the newest last; each a mapping."""
+    parts = [pq.read_table(path) for path in part_paths(folder)[-OPEN_PARTS:]]
+    if not parts:
+        return []
+    rows: list[dict[str, Any]] = pa.concat_tables(parts).sort_by([("published", "ascending"), ("index", "ascending")]).to_pylist()
+    return rows[-count:]
+
+
 def read_indices(folder: Path) -> npt.NDArray[np.int64]:
     """(N,) indices of the frames in a frames table, as its parts have them; nothing else of a long run is read."""
     parts = [pq.read_table(path, columns=["index"])["index"].to_numpy() for path in part_paths(folder)]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,18 +93,35 @@ class DriftWatch:
     def __init__(self, prior: Prior, limit: float = 5.0, patience: int = 3) -> None:
         self._prior = prior
         self._limit = limit
-        self._patience = patience
+        self.patience = patience
         self._measured = measured_here(prior.class_names)
         self._signals = (*self._measured, "chi2", "class_distance", "prior_distance")
         self._mean, self._deviation = _baselines(prior, self._signals)
         self._previous: npt.NDArray[np.uint8] | None = None
         self._on: set[str] = set()
         self._contrary: dict[str, int] = {}  # frames in a row that speak against the alarm's present state, where there are any
+        self._before: dict[str, tuple[npt.NDArray[np.uint8], set[str], dict[str, int]]] = {}
 
     def begin(self, run: RunStarted) -> None:
-        self._previous = None
-        self._on = set()
-        self._contrary = {}
+        self._previous, self._on, self._contrary = self._before.pop(run.uid, (None, set(), {}))
+
+    def resume(self, uid: str, classes: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]) -> None:
+        """A run of an earlier process will go on: it begins where the frames end that were seen then.
+
+        classes : (H, W), map of the last one. rows : the last `patience` of the archive's frames table, the newest last.
+        """
+        on = {signal for signal in rows[-1]["alarms"].split(",") if signal}
+        values = np.array([[row[name] for name in self._measured] for row in rows])
+        others = np.array([[row[name] for name in ("chi2", "chi2_floor", "class_distance", "distance")] for row in rows])
+        contrary: dict[str, int] = {}
+        for row, scores in zip(rows, self._scores(values, others).tolist(), strict=True):
+            for signal, value in zip(self._signals, scores, strict=True):
+                if row["flags"] & Flag.EMPTY or math.isnan(value):
+                    continue
+                before = contrary.pop(signal, 0)
+                if (abs(value) > self._limit) != (signal in on):
+                    contrary[signal] = before + 1
+        self._before[uid] = classes, on, contrary
 
     def __call__(self, results: Sequence[Result]) -> list[Result]:
         names = self._prior.class_names
@@ -112,7 +130,8 @@ class DriftWatch:
         numbers = mask_numbers(ids, [result.counts for result in results], self._prior.reference, before, len(names))
         self._previous = results[-1].classes
         values = np.column_stack([numbers.flux, numbers.centre_row, numbers.centre_column, numbers.fraction])
-        scores = self._scores(values, results)
+        others = np.array([(result.chi2, result.chi2_floor, result.class_distance, result.distance) for result in results])
+        scores = self._scores(values, others)
         beyond = np.any(np.abs(scores) > self._limit, axis=1)
         now = time.time()
         rows = zip(
@@ -134,17 +153,16 @@ class DriftWatch:
             )
         return seen
 
-    def _scores(self, values: npt.NDArray[np.float64], results: Sequence[Result]) -> npt.NDArray[np.float64]:
+    def _scores(self, values: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """(B, signals), deviations from the baseline; NaN where there is nothing to judge by.
 
         A frame fainter than any the prior was grown on is judged by its flux alone: where there are few photons, centre, classes and
         chi2 are those of the noise, and every rocking curve would end in an alarm.
         """
-        others = np.array([(result.chi2, result.chi2_floor, result.class_distance, result.distance) for result in results])
         with np.errstate(invalid="ignore", divide="ignore"):
             # The same misfit is much at the peak and little on the flank: what counts is how far above its noise it lies.
-            others[:, 0] /= others[:, 1]
-            scores = (np.column_stack([values, others[:, [0, 2, 3]]]) - self._mean) / self._deviation
+            misfit = others[:, 0] / others[:, 1]
+            scores = (np.column_stack([values, misfit, others[:, 2:]]) - self._mean) / self._deviation
         least, _ = self._prior.baselines.get("flux_least", (0.0, 0.0))
         scores[values[:, 0] < _FAINT * least, 1:] = np.nan
         return np.asarray(scores)
@@ -160,7 +178,7 @@ class DriftWatch:
             contrary = self._contrary.pop(signal, 0) + 1
             if (abs(value) > self._limit) == (signal in self._on):
                 continue
-            if contrary >= self._patience:
+            if contrary >= self.patience:
                 self._on ^= {signal}
                 log.warning("drift alarm", signal=signal, on=signal in self._on, frame=result.index, sigmas=round(value, 1))
             else:
