@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -123,6 +123,10 @@ def build(
         meters.degraded(rung)
         heard(rung)
 
+    def left_out(uid: str, index: int, stage: str, reason: str) -> None:
+        ledger.dropped(uid, index, stage, reason)
+        meters.dropped(stage, reason)
+
     # Frames that lie in a file wait there for nothing.
     furthest = "nothing" if config.source.kind in ("file", "tiled", "documents") else overload.furthest
     ladder = Ladder(furthest, overload.late_s, overload.calm_s, recipe.refines, changed)
@@ -135,7 +139,10 @@ def build(
         config.queues.compute_mb * _MIB,
         meters.stage,
         ladder,
+        spare=replace(recipe, backend="cpu").stages if recipe.on_card else None,
+        left_out=left_out,
     )
+    meters.watch_crew(lambda: crew.out_of_memory, lambda: crew.card_lost, lambda: crew.away_from_card)
     pipeline = Pipeline(
         frames,
         joiner,

@@ -24,6 +24,7 @@ DROP_REASONS = (
     ("decode", "duplicate"),
     ("decode", "late"),
     ("classify", "overload"),
+    *((stage, "out_of_memory") for stage in ("prepare", "classify", "match", "refine")),
     ("archive", "unavailable"),
     ("archive", "disk_full"),
     ("path", "shutdown"),
@@ -162,6 +163,17 @@ class Meters:
         text = "1 while a room of the path has been in one step for half a minute; the log names it."
         Gauge("path_stalled", text, namespace="streamprior", registry=self.registry).set_function(stalled)
 
+    def watch_crew(self, out_of_memory: Callable[[], int], card_lost: Callable[[], bool], away_from_card: Callable[[], int]) -> None:
+        """How the workers fare, looked up when somebody scrapes."""
+        told: dict[str, tuple[str, Callable[[], float]]] = {
+            "card_lost": ("1: the card has failed, and this process computes on the CPU until it is restarted.", card_lost),
+            "workers_away_from_card": ("Workers that compute on the CPU because the card has failed or has no room.", away_from_card),
+        }
+        for name, (text, value) in told.items():
+            Gauge(name, text, namespace="streamprior", registry=self.registry).set_function(value)
+        text = "Batches for which there was no room, on a card or in main memory; they were computed again, in smaller ones."
+        self.registry.register(_CountAtScrape("out_of_memory", text, out_of_memory))
+
     def watch_ledger(self, unaccounted: Callable[[], int], on_disk: Callable[[], bool]) -> None:
         """Whether the ledger can be trusted, looked up when somebody scrapes."""
         told: dict[str, tuple[str, Callable[[], float]]] = {
@@ -244,6 +256,14 @@ class _Histogram(Collector):
             for value, counts in self._counts.items():
                 family.add_metric([value], [*zip(bounds, accumulate(counts), strict=True)], self._sums[value])
         yield family
+
+
+class _CountAtScrape(Collector):
+    def __init__(self, name: str, documentation: str, count: Callable[[], int]) -> None:
+        self._name, self._documentation, self._count = f"streamprior_{name}", documentation, count
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(self._name, self._documentation, value=self._count())
 
 
 class _AtScrape(Collector):

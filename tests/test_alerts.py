@@ -18,6 +18,7 @@ def test_the_alerts_ask_for_metrics_that_there_are() -> None:
     meters.watch_ledger(lambda: 0, lambda: True)
     meters.watch_space(lambda: 0.0, lambda: 0.0)
     meters.watch_path(lambda: False)
+    meters.watch_crew(lambda: 0, lambda: False, lambda: 0)
     there = {sample.name for family in meters.registry.collect() for sample in family.samples}
     rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
     assert len({rule["alert"] for rule in rules}) == len(rules) > 8

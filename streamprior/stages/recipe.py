@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from streamprior.arrays import check_backend
+from streamprior.arrays import check_backend, free_card_memory
 from streamprior.config import DriftSettings, PrepareSettings, RefineSettings
 from streamprior.errors import ConfigError
 from streamprior.prior import Prior
@@ -39,6 +39,11 @@ class Recipe:
     backend: str = "cpu"
 
     @property
+    def on_card(self) -> bool:
+        """Whether a card computes here. Raises ConfigError where the backend cannot."""
+        return check_backend(self.backend, ("cpu", "cuda")) == "cuda"
+
+    @property
     def refines(self) -> bool:
         """Whether frames get objects of their own: one frame of a ptychography scan does not determine any."""
         return self.name == "bragg" and self.refine.enabled
@@ -59,7 +64,9 @@ class Recipe:
         return measured_here(self.prior.class_names)
 
     def stages(self) -> Sequence[Stage]:
-        """A fresh set for one worker. Raises ConfigError for a schedule that is none."""
+        """A fresh set for one worker. Raises ConfigError for a schedule that is none, and on a card what `make_classifier` does."""
+        if self.on_card:
+            free_card_memory()  # of a set that this one stands in for, because it ran out of memory
         always: tuple[Stage, ...] = (
             Preparer(self.prior, load_corrections(self.prepare, self.prior.geometry.detector_shape)),
             make_classifier(self.prior, self.backend),
@@ -92,7 +99,7 @@ class Recipe:
             assert batch.classes is not None
             reference = self.prior.reference
             mask_numbers(list(batch.classes.ids), list(batch.photons.counts), reference, reference, len(self.prior.class_names))
-        if check_backend(self.backend, ("cpu", "cuda")) == "cuda":
+        if self.on_card:
             self._compare_with_cpu()
 
     def _compare_with_cpu(self) -> None:
