@@ -254,6 +254,7 @@ class _Worker:
         self.away = False
         self._home = Portion(crew._batch_frames, least=0 if crew._spare is not None else 1)
         self._elsewhere = Portion(crew._batch_frames, least=1)
+        self._refused: int | None = None  # ticket of the last frame that did not go through alone
         self._giving_up = False
 
     def step(self) -> bool:
@@ -305,11 +306,15 @@ class _Worker:
         return [replace(result, flags=result.flags | Flag.AWAY_FROM_CARD) for result in results] if self.away else results
 
     def _give_up(self, error: OutOfMemory, run: RunStarted, jobs: Sequence[Job]) -> bool:
-        """A batch did not go through: True for a frame that nothing takes; otherwise the next attempt takes less, or is made elsewhere."""
+        """A batch did not go through: True for a frame that nothing takes; otherwise the next attempt takes less, or is made elsewhere.
+
+        A frame alone has a second chance: the stages that it failed in are gone by then, and so may be what there was no room beside.
+        """
         crew, portion, tried = self._crew, self._portion, len(jobs)
         crew._count_out_of_memory()
-        self._stages = None  # they are half filled, and what they hold may be what there is no room beside
-        hopeless = tried == 1 and (self.away or crew._spare is None)
+        self._stages = None  # they are half filled
+        hopeless = tried == 1 and self._refused == jobs[0].ticket and (self.away or crew._spare is None)
+        self._refused = jobs[0].ticket if tried == 1 else None
         portion.refused(tried, time.monotonic())
         if not hopeless:
             log.warning(
