@@ -317,9 +317,10 @@ class _Worker:
         self._refused = jobs[0].ticket if tried == 1 else None
         portion.refused(tried, time.monotonic())
         if not hopeless:
+            elsewhere = ", or see with nvidia-smi who else uses the card (0 at once: the CPU computes)" if crew._spare is not None else ""
             log.warning(
-                "out of memory: the frames are computed again, fewer at once (0: on the CPU); if it stays so, set compute.batch_frames"
-                " or compute.workers lower, or see with nvidia-smi who else uses the card",
+                "out of memory: the frames are computed again, fewer at once; if it stays so, set compute.batch_frames or compute.workers"
+                f" lower{elsewhere}",
                 stage=error.stage,
                 tried=tried,
                 frames_at_once=portion.frames,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamprior import portion
-from streamprior.arrays import card_errors
+from streamprior.arrays import card_errors, cuda_missing
 from streamprior.config import Config
 from streamprior.daemon import build, run
 from streamprior.errors import DeviceLost
@@ -297,6 +299,40 @@ def test_errors_of_a_card_say_what_they_mean(card: Card) -> None:
     for error in (CudaError(700, "cudaErrorIllegalAddress"), CufftError(6, "CUFFT_EXEC_FAILED"), MemoryError("by the way")):
         with pytest.raises(DeviceLost), card_errors(card):
             raise error
+
+
+BREAKS_A_CARD = """
+import os
+import cupy
+import numpy as np
+from streamprior.arrays import card_errors, cuda_missing
+from streamprior.errors import DeviceLost
+cupy.get_default_memory_pool().set_limit(size=2**20)
+try:
+    with card_errors(cupy):
+        cupy.empty(2**24, np.uint8)
+except MemoryError:
+    print("no room")
+kernel = cupy.RawKernel('extern "C" __global__ void bad(int *p) { *p = 1; }', "bad")
+stream = cupy.cuda.Stream(non_blocking=True)
+for _ in range(2):
+    try:
+        with card_errors(cupy, (stream,)), stream:
+            kernel((1,), (1,), (np.intp(16),))
+            stream.synchronize()
+    except DeviceLost:
+        print("lost", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_real_card_says_the_same_when_it_is_full_and_when_it_has_failed() -> None:
+    missing = cuda_missing()
+    if missing is not None:
+        pytest.skip(f"no CUDA card: {missing}")
+    # In a process of its own: no other test could use a card after this.
+    done = subprocess.run([sys.executable, "-c", BREAKS_A_CARD], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split("\n")[:3] == ["no room", "lost", "lost"], done.stderr
 
 
 def on_the_card(card: Card, **wrong: float) -> tuple[House, list[Result]]:
