@@ -237,6 +237,8 @@ class ThreadCrew:
 REFINEMENT = ("match", "refine")
 """Stages that are left out first; a frame's mask needs none of them."""
 
+_AWAY = int(Flag.AWAY_FROM_CARD)
+
 _UNDIVIDED_S = 0.001
 """What takes less is not divided between workers: a batch has a price of its own, and so has waking the other."""
 
@@ -303,7 +305,7 @@ class _Worker:
             return []
         self._giving_up = False
         self._learn((time.perf_counter() - begun) / len(jobs))
-        return [replace(result, flags=result.flags | Flag.AWAY_FROM_CARD) for result in results] if self.away else results
+        return [replace(result, flags=result.flags | _AWAY) for result in results] if self.away else results
 
     def _give_up(self, error: OutOfMemory, run: RunStarted, jobs: Sequence[Job]) -> bool:
         """A batch did not go through: True for a frame that nothing takes; otherwise the next attempt takes less, or is made elsewhere.
@@ -315,30 +317,35 @@ class _Worker:
         self._stages = None  # they are half filled
         hopeless = tried == 1 and self._refused == jobs[0].ticket and (self.away or crew._spare is None)
         self._refused = jobs[0].ticket if tried == 1 else None
+        before = portion.frames
         portion.refused(tried, time.monotonic())
-        if not hopeless:
-            elsewhere = ", or see with nvidia-smi who else uses the card (0 at once: the CPU computes)" if crew._spare is not None else ""
+        if hopeless:
+            self._say_left_out(error, run, jobs[0])
+            crew._left_out(run.uid, jobs[0].frame.index, error.stage, "out_of_memory")
+        elif portion.frames != before:
+            others = ", or see with nvidia-smi who else uses the card (0 at once: the CPU computes)" if crew._spare is not None else ""
             log.warning(
                 "out of memory: the frames are computed again, fewer at once; if it stays so, set compute.batch_frames or compute.workers"
-                f" lower{elsewhere}",
+                f" lower{others}",
                 stage=error.stage,
                 tried=tried,
                 frames_at_once=portion.frames,
                 error=str(error),
             )
-            return False
+        return hopeless
+
+    def _say_left_out(self, error: OutOfMemory, run: RunStarted, job: Job) -> None:
+        """Of frames that are left out one after another only the first: the ledger names them all."""
         if not self._giving_up:
-            self._giving_up = True
             log.error(
                 "out of memory for a single frame: it is left out, and so are those after it that do not go through; give the machine"
                 " memory, then `streamprior catchup` computes them",
                 stage=error.stage,
                 run=run.uid,
-                frame=jobs[0].frame.index,
+                frame=job.frame.index,
                 error=str(error),
             )
-        crew._left_out(run.uid, jobs[0].frame.index, error.stage, "out_of_memory")
-        return True
+        self._giving_up = True
 
     @property
     def _portion(self) -> Portion:
@@ -361,7 +368,9 @@ class _Worker:
             away = crew.card_lost or self._home.frames == 0
             if self._stages is not None and away == self.away:
                 return
-            self._stages, self.away = None, away
+            if away != self.away:  # nothing that was learnt there holds here
+                self.away, self._each_s, self._refused = away, math.inf, None
+            self._stages = None
             self._stages = crew._spare() if away and crew._spare is not None else self._at_home()
 
     def _at_home(self) -> Sequence[Stage] | None:

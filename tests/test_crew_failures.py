@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ from streamprior.stages.classify_cuda import CudaClassifier
 from streamprior.stages.refine_cuda import CudaSolver
 from tests.builders import diffraction, make_recipe, small_prior
 from tests.host_cuda import Card, CudaError, CufftError
+from tests.test_daemon import free_port
 from tests.test_path import House, Kept, series
 
 COUNT = 40
@@ -132,6 +134,19 @@ def test_a_frame_that_does_not_go_through_even_alone_is_left_out_by_name_and_the
     (said,) = [line for line in log if line["log_level"] == "error"]
     assert said["frame"] == 7
     assert "catchup" in said["event"]
+
+
+def test_a_want_of_memory_that_lasts_is_said_once_and_counted_for_every_frame() -> None:
+    def never(batch: Batch) -> None:
+        raise MemoryError
+
+    archive = Kept()
+    house = House(series(FRAMES), [archive], workers=1, stages=lambda: with_failing("match", never))
+    with structlog.testing.capture_logs() as log:
+        walked(house)
+    assert sum("out of memory" in line["event"] for line in log) <= 2
+    (account,) = house.ledger.runs()
+    assert (account["published"], account["dropped"], account["balanced"]) == (0, {"match/out_of_memory": COUNT}, True)
 
 
 def test_what_a_card_has_no_room_for_even_alone_is_computed_on_the_cpu() -> None:
@@ -378,37 +393,44 @@ def test_when_a_kernel_reads_an_illegal_address_the_path_goes_on_without_the_car
     assert house.ledger.is_balanced()
 
 
-def test_a_daemon_whose_card_fails_in_mid_run_ends_with_every_frame_and_says_so_in_its_metrics(card: Card, tmp_path: Path) -> None:
+class BreaksTheCard:
+    """A watch that lets a card live for some launches more once a run has begun."""
+
+    name = "breaks"
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+
+    def begin(self, run: RunStarted) -> None:
+        self._card.launches_left = 200
+
+    def __call__(self, results: Sequence[Result]) -> list[Result]:
+        return list(results)
+
+
+def test_a_card_that_fails_in_mid_run_costs_the_receiver_no_frame_and_shows_in_the_metrics(card: Card, tmp_path: Path) -> None:
     save_prior(small_prior(), tmp_path / "prior.h5")
-    np.save(tmp_path / "frames.npy", FRAMES)
-
-    class BreaksTheCard:
-        name = "breaks"
-
-        def begin(self, run: RunStarted) -> None:
-            card.launches_left = 200
-
-        def __call__(self, results: Sequence[Result]) -> list[Result]:
-            return list(results)
-
-    daemon = build(
-        Config.model_validate(
-            {
-                "prior": tmp_path / "prior.h5",
-                "source": {"kind": "file", "path": tmp_path / "frames.npy"},
-                "archive": {"folder": tmp_path / "archive"},
-                "compute": {"backend": "cuda", "workers": 2},
-                "http": {"port": 0},
-            }
-        ),
-        watches=[BreaksTheCard()],
-    )
-    assert run(daemon) == 0
+    address = f"tcp://127.0.0.1:{free_port()}"
+    settings = {
+        "prior": tmp_path / "prior.h5",
+        "source": {"address": address},
+        "archive": {"folder": tmp_path / "archive"},
+        "compute": {"backend": "cuda", "workers": 2},
+        "overload": {"furthest": "nothing"},
+        "http": {"port": 0},
+    }
+    daemon = build(Config.model_validate(settings), watches=[BreaksTheCard(card)])
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.setsockopt(zmq.LINGER, 0)
+        push.connect(address)
+        for message in series(FRAMES):
+            push.send(message)
+        assert run(daemon, until=lambda: any(account["reason"] == "end" for account in daemon.ledger.runs())) == 0
     meters: Meters = daemon.pipeline._meters
     for name, value in (("card_lost", 1), ("workers_away_from_card", 2), ("out_of_memory_total", 0)):
         assert meters.registry.get_sample_value(f"streamprior_{name}") == value
+    (account,) = daemon.ledger.runs()
+    assert (account["received"], account["published"], account["missing"], account["balanced"]) == (COUNT, COUNT, 0, True)
     (folder,) = run_folders(tmp_path / "archive")
-    rows = read_run(folder).frames
-    assert sorted(rows["index"].to_pylist()) == list(range(COUNT))
-    assert any(flags & Flag.AWAY_FROM_CARD for flags in rows["flags"].to_pylist())
-    assert daemon.ledger.is_balanced()
+    flags = read_run(folder).frames["flags"].to_pylist()
+    assert {bool(one & Flag.AWAY_FROM_CARD) for one in flags} == {False, True}
