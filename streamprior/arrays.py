@@ -7,7 +7,7 @@ import fcntl
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import scipy.fft
 
 from streamprior.config import state_folder
-from streamprior.errors import ConfigError
+from streamprior.errors import ConfigError, DeviceLost
 
 C64 = np.complex64
 
@@ -88,6 +88,61 @@ def load_cupy() -> Any:
     import cupy
 
     return cupy
+
+
+@contextmanager
+def card_errors(cupy: Any, streams: Sequence[Any] = ()) -> Iterator[None]:
+    """Say of an error within it what it means for who computes on the card.
+
+    Parameters
+    ----------
+    streams : what has been asked of them is waited for, whatever the error: the memory that it uses goes back to a pool after this.
+
+    Raises
+    ------
+    MemoryError
+        There was no room, on the card or in main memory. The same with less may go through.
+    DeviceLost
+        The card failed, and will not do anything more for this process.
+    RuntimeError
+        CUDA refused something else: a fault of streamprior's, and raised as it came.
+    """
+    cuda = cupy.cuda
+    try:
+        yield
+    except (MemoryError, cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, cuda.cufft.CuFFTError) as error:
+        if _is_lost(cupy, streams):
+            raise DeviceLost(str(error)) from error
+        if isinstance(error, MemoryError) or _NO_ROOM not in (getattr(error, "status", None), getattr(error, "result", None)):
+            raise
+        raise MemoryError(str(error)) from error
+
+
+_NO_ROOM = 2
+"""cudaErrorMemoryAllocation and CUDA_ERROR_OUT_OF_MEMORY (status), CUFFT_ALLOC_FAILED (result)."""
+
+
+def _is_lost(cupy: Any, streams: Sequence[Any]) -> bool:
+    """CUDA's errors tell less than one more call: after an illegal address, a failed launch or an uncorrectable memory error every one of
+    them fails (CUDA Runtime API, cudaError_t: "the process must be terminated and relaunched")."""
+    try:
+        for stream in streams:
+            stream.synchronize()  # sync: only after an error
+        cupy.cuda.runtime.memGetInfo()
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return True
+    return False
+
+
+def free_card_memory() -> None:
+    """Give back what cupy's pools hold and nobody uses: another process may need it, and so may what CUDA allocates beside the pools.
+
+    Raises as `card_errors` does, and ConfigError where there is no card.
+    """
+    cupy = load_cupy()
+    with card_errors(cupy):
+        cupy.get_default_memory_pool().free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
 def plan_cufft(cupy: Any, shape: tuple[int, ...], batch: int) -> Any:

@@ -1,4 +1,4 @@
-"""Frames -> results, in order again: workers that run the composed stages, and a sequencer that restores the order of arrival."""
+"""Frames -> results, in order again: workers that run the composed stages, in smaller parts or elsewhere where these do not go through."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
+from streamprior.errors import DeviceLost, OutOfMemory
 from streamprior.ladder import Ladder
 from streamprior.mailbox import BEAT_S, Mailbox
+from streamprior.portion import Portion
 from streamprior.prior import Prior
 from streamprior.records import FLAT, Batch, Flag, Frame, Positions, Reconstruction, Result, RunEnded, RunStarted
-from streamprior.seams import PathItem, Stage, StageFactory, Timing
+from streamprior.seams import LeftOut, PathItem, Stage, StageFactory, Timing
+from streamprior.sequencer import Sequencer
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +50,26 @@ def think(
     """Run the composed stages over frames of one run: the very same call live, in replay, in the benchmark and in the tests.
 
     decoded : Unix seconds when each frame was, for its clock; none where they did not come by a wire.
+
+    Raises
+    ------
+    OutOfMemory
+        A stage had no room for so many frames; the stages are then not to be used again.
+    DeviceLost
+        The card that a stage computes on has failed.
     """
-    done = time.time()
+    done, at = time.time(), ""
     batch = Batch(run, tuple(frames), clock=(("wait", done),))
-    for stage in stages:
-        batch = stage(batch)
-        started, done = done, time.time()
-        batch = replace(batch, clock=(*batch.clock, (stage.name, done)))
-        timing(stage.name, (done - started) / len(frames))
-    return results_of(batch, prior, decoded)
+    try:
+        for stage in stages:
+            at = stage.name
+            batch = stage(batch)
+            started, done = done, time.time()
+            batch = replace(batch, clock=(*batch.clock, (stage.name, done)))
+            timing(stage.name, (done - started) / len(frames))
+        return results_of(batch, prior, decoded)
+    except MemoryError as error:
+        raise OutOfMemory(at, str(error)) from error
 
 
 def results_of(batch: Batch, prior: Prior, decoded: Sequence[float] = ()) -> list[Result]:
@@ -133,6 +149,8 @@ class ThreadCrew:
     batch_s : seconds that a batch should take at most: what it adds to the latency of its first frame.
     budget_bytes : bound of the queue before the workers, and again of the results that wait for an earlier one.
     ladder : hears how old frames are when they are taken, and says which of them are refined.
+    spare : stages that compute without the card that `factory`'s use, where it has failed or has no room; None: there is no card.
+    left_out : hears of each frame that cannot be computed. Its place in the order stays empty.
     """
 
     def __init__(
@@ -145,8 +163,12 @@ class ThreadCrew:
         budget_bytes: int,
         timing: Timing = lambda stage, seconds: None,
         ladder: Ladder | None = None,
+        spare: StageFactory | None = None,
+        left_out: LeftOut = lambda uid, index, stage, reason: None,
     ) -> None:
-        self._factory = factory
+        self._factory, self._spare, self._left_out = factory, spare, left_out
+        self.out_of_memory = 0
+        self.card_lost = False
         self._ladder = ladder or Ladder("nothing", math.inf, math.inf)
         self._prior = prior
         self._timing = timing
@@ -155,7 +177,13 @@ class ThreadCrew:
         self._sequencer = Sequencer(budget_bytes)
         self._number = self._left = workers
         self._lock = threading.Lock()
-        self.workers: tuple[Callable[[], bool], ...] = tuple(_Worker(self).step for _ in range(workers))
+        self._crew = tuple(_Worker(self) for _ in range(workers))
+        self.workers: tuple[Callable[[], bool], ...] = tuple(worker.step for worker in self._crew)
+
+    @property
+    def away_from_card(self) -> int:
+        """Workers that compute on the CPU now although there is a card for them."""
+        return sum(worker.away for worker in self._crew)
 
     @property
     def queued_bytes(self) -> int:
@@ -182,6 +210,23 @@ class ThreadCrew:
         self._inbox.abort()
         self._sequencer.close()
 
+    def _lose_card(self, error: DeviceLost) -> None:
+        """Every worker goes on without the card, for as long as the process lives."""
+        if self._spare is None:
+            raise error
+        with self._lock:
+            first, self.card_lost = not self.card_lost, True
+        if first:
+            log.error(
+                "the card has failed and this process cannot use it any more: frames are computed on the CPU, none is lost;"
+                " restart the daemon between two runs to have the card again, and look for the cause (dmesg | grep Xid, nvidia-smi -q)",
+                error=str(error),
+            )
+
+    def _count_out_of_memory(self) -> None:
+        with self._lock:
+            self.out_of_memory += 1
+
     def _worker_left(self) -> None:
         with self._lock:
             self._left -= 1
@@ -192,24 +237,34 @@ class ThreadCrew:
 REFINEMENT = ("match", "refine")
 """Stages that are left out first; a frame's mask needs none of them."""
 
+_AWAY = int(Flag.AWAY_FROM_CARD)
+
 _UNDIVIDED_S = 0.001
 """What takes less is not divided between workers: a batch has a price of its own, and so has waking the other."""
 
 
 class _Worker:
-    """One thread's part of a crew: takes jobs of one run, thinks, hands the results to the sequencer."""
+    """One thread's part of a crew: takes jobs of one run, thinks, hands the results to the sequencer.
+
+    away : whether it computes with the spare stages, because the card has failed or does not take even one frame.
+    """
 
     def __init__(self, crew: ThreadCrew) -> None:
         self._crew = crew
         self._stages: Sequence[Stage] | None = None
         self._each_s = math.inf  # what a frame took lately
+        self.away = False
+        self._home = Portion(crew._batch_frames, least=0 if crew._spare is not None else 1)
+        self._elsewhere = Portion(crew._batch_frames, least=1)
+        self._refused: int | None = None  # ticket of the last frame that did not go through alone
+        self._giving_up = False
 
     def step(self) -> bool:
         """One batch; False when the crew is closed and its queue is empty."""
         crew = self._crew
-        if self._stages is None:
-            self._stages = crew._factory()
-        most, least = self._in(crew._batch_s, crew._batch_frames), self._in(_UNDIVIDED_S)
+        self._try_more()
+        self._prepare()
+        most, least = self._in(crew._batch_s, self._portion.frames), self._in(_UNDIVIDED_S)
         jobs = crew._inbox.take(most, timeout_s=BEAT_S, takers=crew._number, at_least=least)
         if jobs is None:
             crew._worker_left()
@@ -226,13 +281,112 @@ class _Worker:
         return True
 
     def _think(self, run: RunStarted, jobs: Sequence[Job], refined: bool) -> None:
+        """All of the jobs, in parts that go through."""
+        left = jobs
+        while left:
+            self._prepare()
+            results = self._attempt(run, left[: self._portion.frames], refined)
+            done, left = left[: len(results)], left[len(results) :]
+            self._crew._sequencer.put([(job.ticket, result) for job, result in zip(done, results, strict=True)])
+
+    def _attempt(self, run: RunStarted, jobs: Sequence[Job], refined: bool) -> Sequence[Result | None]:
+        """Results of these jobs, None for one that cannot be had; nothing where they have to be tried again, otherwise."""
         crew = self._crew
         assert self._stages is not None
         stages = self._stages if refined else [stage for stage in self._stages if stage.name not in REFINEMENT]
         begun = time.perf_counter()
-        results = think(stages, crew._prior, run, [job.frame for job in jobs], crew._timing, decoded=[job.decoded for job in jobs])
+        try:
+            results = think(stages, crew._prior, run, [job.frame for job in jobs], crew._timing, decoded=[job.decoded for job in jobs])
+        except OutOfMemory as error:
+            return [None] if self._give_up(error, run, jobs) else []
+        except DeviceLost as error:
+            self._stages = None
+            crew._lose_card(error)
+            return []
+        self._giving_up = False
         self._learn((time.perf_counter() - begun) / len(jobs))
-        crew._sequencer.put([(job.ticket, result) for job, result in zip(jobs, results, strict=True)])
+        return [replace(result, flags=result.flags | _AWAY) for result in results] if self.away else results
+
+    def _give_up(self, error: OutOfMemory, run: RunStarted, jobs: Sequence[Job]) -> bool:
+        """A batch did not go through: True for a frame that nothing takes; otherwise the next attempt takes less, or is made elsewhere.
+
+        A frame alone has a second chance: the stages that it failed in are gone by then, and so may be what there was no room beside.
+        """
+        crew, portion, tried = self._crew, self._portion, len(jobs)
+        crew._count_out_of_memory()
+        self._stages = None  # they are half filled
+        hopeless = tried == 1 and self._refused == jobs[0].ticket and (self.away or crew._spare is None)
+        self._refused = jobs[0].ticket if tried == 1 else None
+        before = portion.frames
+        portion.refused(tried, time.monotonic())
+        if hopeless:
+            self._say_left_out(error, run, jobs[0])
+            crew._left_out(run.uid, jobs[0].frame.index, error.stage, "out_of_memory")
+        elif portion.frames != before:
+            others = ", or see with nvidia-smi who else uses the card (0 at once: the CPU computes)" if crew._spare is not None else ""
+            log.warning(
+                "out of memory: the frames are computed again, fewer at once; if it stays so, set compute.batch_frames or compute.workers"
+                f" lower{others}",
+                stage=error.stage,
+                tried=tried,
+                frames_at_once=portion.frames,
+                error=str(error),
+            )
+        return hopeless
+
+    def _say_left_out(self, error: OutOfMemory, run: RunStarted, job: Job) -> None:
+        """Of frames that are left out one after another only the first: the ledger names them all."""
+        if not self._giving_up:
+            log.error(
+                "out of memory for a single frame: it is left out, and so are those after it that do not go through; give the machine"
+                " memory, then `streamprior catchup` computes them",
+                stage=error.stage,
+                run=run.uid,
+                frame=job.frame.index,
+                error=str(error),
+            )
+        self._giving_up = True
+
+    @property
+    def _portion(self) -> Portion:
+        return self._elsewhere if self.away else self._home
+
+    def _try_more(self) -> None:
+        """After some time more frames are tried at once, and the card again that took none."""
+        now = time.monotonic()
+        for portion in (self._elsewhere, *([] if self._crew.card_lost else [self._home])):
+            if portion.grow(now):
+                log.info("more frames at once are tried again after a want of memory", frames_at_once=portion.frames)
+
+    def _prepare(self) -> None:
+        """Stages to compute with: made anew where those of before ran out of memory, or are for another place than the one in hand.
+
+        Not where the error is: as long as that is in hand, it keeps the memory of the stages that it came from.
+        """
+        crew = self._crew
+        while True:
+            away = crew.card_lost or self._home.frames == 0
+            if self._stages is not None and away == self.away:
+                return
+            if away != self.away:  # nothing that was learnt there holds here
+                self.away, self._each_s, self._refused = away, math.inf, None
+            self._stages = None
+            self._stages = crew._spare() if away and crew._spare is not None else self._at_home()
+
+    def _at_home(self) -> Sequence[Stage] | None:
+        """The crew's own stages, unless the card does not take them."""
+        crew = self._crew
+        try:
+            return crew._factory()
+        except MemoryError as error:
+            if crew._spare is None:
+                raise
+            crew._count_out_of_memory()
+            self._home.refused(1, time.monotonic())
+            log.warning("out of memory: the card has no room for a worker, which computes on the CPU for now", error=str(error))
+        except DeviceLost as error:
+            crew._lose_card(error)
+        return None
 
     def _in(self, seconds: float, most: float = math.inf) -> int:
         """Frames that are computed in so many seconds, by the last ones: dozens that are only classified, one that is refined."""
@@ -241,56 +395,3 @@ class _Worker:
     def _learn(self, each_s: float) -> None:
         # Over some batches, so that one that another process held up does not halve the next.
         self._each_s = each_s if self._each_s == math.inf else 0.75 * self._each_s + 0.25 * each_s
-
-
-class Sequencer:
-    """Items with tickets, in any order -> the items in the order of their tickets. Bounded: who is far ahead waits."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget = budget_bytes
-        self._waiting: dict[int, tuple[PathItem, int]] = {}
-        self._bytes = 0
-        self._next = 0
-        self._closed = False
-        self._changed = threading.Condition()
-
-    @property
-    def nbytes(self) -> int:
-        return self._bytes
-
-    def put(self, items: Sequence[tuple[int, PathItem]]) -> None:
-        """Items with their tickets, ascending. Waits while the budget is spent, unless an item is the very next: that one always gets
-        in, so nothing locks up."""
-        with self._changed:
-            for ticket, item in items:
-                nbytes = item.nbytes
-                if self._next in self._waiting and self._bytes + nbytes > self._budget:
-                    self._changed.notify_all()  # of what this call has put in already
-                self._changed.wait_for(partial(self._admits, ticket, nbytes))
-                self._waiting[ticket] = item, nbytes
-                self._bytes += nbytes
-            if self._next in self._waiting:
-                self._changed.notify_all()
-
-    def _admits(self, ticket: int, nbytes: int) -> bool:
-        return ticket == self._next or self._bytes + nbytes <= self._budget or self._closed
-
-    def take(self, limit: int, timeout_s: float | None = None) -> list[PathItem] | None:
-        """Up to `limit` items in order; an empty list after `timeout_s`; None when closed and nothing is left that could come in order."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next in self._waiting or self._closed, timeout_s)
-            items: list[PathItem] = []
-            while len(items) < limit and self._next in self._waiting:
-                item, nbytes = self._waiting.pop(self._next)
-                self._next += 1
-                self._bytes -= nbytes
-                items.append(item)
-            if items:
-                self._changed.notify_all()
-                return items
-            return None if self._closed else []
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()

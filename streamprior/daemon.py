@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -125,6 +125,10 @@ def build(
         meters.degraded(rung)
         heard(rung)
 
+    def left_out(uid: str, index: int, stage: str, reason: str) -> None:
+        ledger.dropped(uid, index, stage, reason)
+        meters.dropped(stage, reason)
+
     # Frames that lie in a file wait there for nothing.
     furthest = "nothing" if config.source.kind in ("file", "tiled", "documents") else config.overload.furthest
     ladder = Ladder(furthest, config.overload.late_s, config.overload.calm_s, recipe.refines, changed)
@@ -137,6 +141,8 @@ def build(
         config.queues.compute_mb * _MIB,
         meters.stage,
         ladder,
+        spare=replace(recipe, backend="cpu").stages if recipe.on_card else None,
+        left_out=left_out,
     )
     watches = [*recipe.watches(), *watches]
     pipeline = Pipeline(
@@ -167,6 +173,7 @@ def build(
     doors = [source for source in sources if isinstance(source, ZmqPull | ZmqSubscribe)]
     meters.watch(ledger.in_flight, ledger.missing, queues, lambda: sum(door.refused for door in doors))
     meters.watch_path(lambda: bool(pipeline.stalled(STALL_S)))
+    meters.watch_crew(lambda: crew.out_of_memory, lambda: crew.card_lost, lambda: crew.away_from_card)
     meters.watch_ledger(ledger.unaccounted, ledger.on_disk)
     meters.watch_space(lambda: space.free_bytes, lambda: space.level)
     if spool is not None:

@@ -61,3 +61,21 @@ class SinkUnavailable(Exception):  # noqa: N818 - it names a state of the world
 
 class DiskFull(SinkUnavailable):
     """No room on the disk: it may last for hours, so an archive may be told to go on without (`archive.when_full`)."""
+
+
+class OutOfMemory(Exception):  # noqa: N818 - it names a state of the world
+    """The world's fault: a stage had no room for a batch, on the card or in main memory. The batch is computed again in halves.
+
+    Parameters
+    ----------
+    stage : the stage that had none; it becomes a metric label.
+    detail : what could not be had.
+    """
+
+    def __init__(self, stage: str, detail: str) -> None:
+        super().__init__(f"{stage}: {detail or 'out of memory'}")
+        self.stage = stage
+
+
+class DeviceLost(Exception):  # noqa: N818 - it names a state of the world
+    """The world's fault: the card answers every further call of this process with an error, and only a new process gets it back."""

@@ -24,6 +24,7 @@ DROP_REASONS = (
     ("decode", "duplicate"),
     ("decode", "late"),
     ("classify", "overload"),
+    *((stage, "out_of_memory") for stage in ("prepare", "classify", "match", "refine")),
     ("archive", "unavailable"),
     ("archive", "disk_full"),
     ("path", "shutdown"),
@@ -34,6 +35,10 @@ ARMS = ("prototype", "flat", "none")
 
 # From a tenth of a millisecond (one fused kernel) to the minute that a stuck disk may take; seconds.
 _BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+
+
+_Told = Mapping[str, tuple[str, Callable[[], float]]]
+"""Name of a gauge -> what it means, and where its value is looked up."""
 
 
 class Meters:
@@ -159,24 +164,35 @@ class Meters:
 
     def watch_path(self, stalled: Callable[[], bool]) -> None:
         """Whether the path moves, looked up when somebody scrapes."""
-        text = "1 while a room of the path has been in one step for half a minute; the log names it."
-        Gauge("path_stalled", text, namespace="streamprior", registry=self.registry).set_function(stalled)
+        self._gauges({"path_stalled": ("1 while a room of the path has been in one step for half a minute; the log names it.", stalled)})
 
     def watch_spool(self, nbytes: Callable[[], int], safe: Callable[[], bool]) -> None:
         """What a restart would find, looked up when somebody scrapes."""
-        told: dict[str, tuple[str, Callable[[], float]]] = {
+        told: _Told = {
             "spool_bytes": ("Messages on disk that a restart would read again.", nbytes),
             "spool_up": ("1 while what a restart needs is written to disk; 0: were the process killed now, it would be lost.", safe),
         }
-        for name, (text, value) in told.items():
-            Gauge(name, text, namespace="streamprior", registry=self.registry).set_function(value)
+        self._gauges(told)
+
+    def watch_crew(self, out_of_memory: Callable[[], int], card_lost: Callable[[], bool], away_from_card: Callable[[], int]) -> None:
+        """How the workers fare, looked up when somebody scrapes."""
+        told: _Told = {
+            "card_lost": ("1: the card has failed, and this process computes on the CPU until it is restarted.", card_lost),
+            "workers_away_from_card": ("Workers that compute on the CPU because the card has failed or has no room.", away_from_card),
+        }
+        self._gauges(told)
+        text = "Batches for which there was no room, on a card or in main memory; they were computed again, in smaller ones."
+        self.registry.register(_CountAtScrape("out_of_memory", text, out_of_memory))
 
     def watch_ledger(self, unaccounted: Callable[[], int], on_disk: Callable[[], bool]) -> None:
         """Whether the ledger can be trusted, looked up when somebody scrapes."""
-        told: dict[str, tuple[str, Callable[[], float]]] = {
+        told: _Told = {
             "ledger_residue": ("Frames whose fate nobody knows and nobody will: anything but 0 is a fault of streamprior's.", unaccounted),
             "ledger_on_disk": ("1 while the ledger is written to disk; 0: it goes on in memory, and ends with the process.", on_disk),
         }
+        self._gauges(told)
+
+    def _gauges(self, told: _Told) -> None:
         for name, (text, value) in told.items():
             Gauge(name, text, namespace="streamprior", registry=self.registry).set_function(value)
 
@@ -253,6 +269,14 @@ class _Histogram(Collector):
             for value, counts in self._counts.items():
                 family.add_metric([value], [*zip(bounds, accumulate(counts), strict=True)], self._sums[value])
         yield family
+
+
+class _CountAtScrape(Collector):
+    def __init__(self, name: str, documentation: str, count: Callable[[], int]) -> None:
+        self._name, self._documentation, self._count = f"streamprior_{name}", documentation, count
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(self._name, self._documentation, value=self._count())
 
 
 class _AtScrape(Collector):

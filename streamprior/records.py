@@ -28,6 +28,7 @@ class Flag(enum.IntFlag):
     NOT_REFINED = 16  # refinement was skipped on purpose (settings or overload); the mask is complete
     ABSTAINED = 32  # no prototype is near this frame: it was refined from a flat start, as without a library
     NO_POSITION = 64  # a position was due and did not come within the bound; a later one is still written into the archive
+    AWAY_FROM_CARD = 128  # computed on the CPU, because the card that the run is computed on had failed or had no room
 
 
 @dataclass(frozen=True, slots=True)

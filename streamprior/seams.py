@@ -77,7 +77,11 @@ class Decoder(Protocol):
 
 
 class Stage(Protocol):
-    """One step of thinking: reads what earlier stages left in the batch and returns a copy with its part filled in."""
+    """One step of thinking: reads what earlier stages left in the batch and returns a copy with its part filled in.
+
+    It may raise MemoryError, and DeviceLost where it computes on a card; the frames are then computed again, by stages that are made anew.
+    Whatever else it raises is our own fault.
+    """
 
     name: str
 
@@ -120,6 +124,9 @@ class Sink(Protocol):
 
 StageFactory = Callable[[], Sequence[Stage]]
 """Makes a fresh set of composed stages: one set a worker, because stages own buffers and FFT plans."""
+
+LeftOut = Callable[[str, int, str, str], None]
+"""(uid of the run, frame index, stage, reason) of a frame that cannot be computed."""
 
 Admit = Callable[[npt.NDArray[Any]], None]
 """Looks at a frame's counts before it joins a batch; raises WireError where the stages could not process it."""

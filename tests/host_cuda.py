@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import re
 import subprocess
 import threading
@@ -122,6 +123,22 @@ _ONE_AT_A_TIME = threading.RLock()
 """blockIdx and threadIdx are global variables here."""
 
 
+class CudaError(RuntimeError):
+    """What a CUDA call answers; cupy has one for the runtime and one for the driver. status : of cudaError_t."""
+
+    def __init__(self, status: int, name: str) -> None:
+        super().__init__(name)
+        self.status = status
+
+
+class CufftError(RuntimeError):
+    """What cuFFT answers. result : of cufftResult."""
+
+    def __init__(self, result: int, name: str) -> None:
+        super().__init__(name)
+        self.result = result
+
+
 class Array(np.ndarray):  # type: ignore[type-arg]
     """Memory of the card."""
 
@@ -223,6 +240,7 @@ class Stream:
 
     def synchronize(self) -> None:
         assert self._captured is None, "a wait within a capture"
+        self._card.ask()
         self._card.waits += 1
         with _ONE_AT_A_TIME:
             while self._queue:
@@ -251,6 +269,7 @@ class Kernel:
             assert wrong != 1, f"{self.name}: not all threads of a block came to a barrier"
             assert wrong != 2, f"{self.name}: a block wrote behind its shared memory"
 
+        self._card.ask(launch=True)
         # A view keeps what it looks into; the closure keeps the views.
         Stream.current().later(lambda kept=arguments: run())  # type: ignore[misc]
 
@@ -289,7 +308,8 @@ class Plan:
 
 class Card:
     """What stands in for the module cupy. descending : threads and blocks in the opposite order. waits : how often somebody waited.
-    graphs : how many were captured."""
+    graphs : how many were captured. room_bytes : of one array; for a larger one there is no memory. launches_left : until a kernel reads an
+    illegal address, after which the card answers nothing any more, as CUDA's would. freed : how often its pools gave memory back."""
 
     __version__ = "0, on the CPU"
     maximum = staticmethod(np.maximum)
@@ -299,20 +319,38 @@ class Card:
         self._memory: list[np.ndarray] = []  # type: ignore[type-arg]
         self._modules: dict[str, tuple[ctypes.CDLL, dict[str, list[Parameter]]]] = {}
         self.descending = False
-        self.waits = self.graphs = 0
+        self.waits = self.graphs = self.freed = 0
+        self.room_bytes: float = math.inf
+        self.launches_left: float = math.inf
         limits = {"MaxSharedMemoryPerBlockOptin": SHARED_BYTES, "MaxSharedMemoryPerMultiprocessor": 228 * 1024, "MultiProcessorCount": 2}
         self.cuda = SimpleNamespace(
             Stream=lambda non_blocking=False: Stream(self),
             Event=lambda disable_timing: Event(self),
             Device=lambda: SimpleNamespace(attributes=limits),
-            runtime=SimpleNamespace(streamCaptureModeThreadLocal=1),
+            runtime=SimpleNamespace(streamCaptureModeThreadLocal=1, CUDARuntimeError=CudaError, memGetInfo=self.ask),
+            driver=SimpleNamespace(CUDADriverError=CudaError),
             alloc_pinned_memory=lambda nbytes: bytearray([UNWRITTEN]) * (nbytes + 32),  # cupy, too, gives more than was asked for
-            cufft=SimpleNamespace(PlanNd=Plan, CUFFT_C2C="C2C", getVersion=lambda: 0),
+            cufft=SimpleNamespace(PlanNd=Plan, CUFFT_C2C="C2C", getVersion=lambda: 0, CuFFTError=CufftError),
             nvrtc=SimpleNamespace(getVersion=lambda: 0),
         )
 
     def is_available(self) -> bool:
         return True
+
+    def ask(self, launch: bool = False) -> None:
+        """Any call: refused by a card that has failed."""
+        self.launches_left -= launch
+        if self.launches_left < 0:
+            raise CudaError(700, "cudaErrorIllegalAddress: an illegal memory access was encountered")
+
+    def get_default_memory_pool(self) -> Any:
+        return SimpleNamespace(free_all_blocks=self._free)
+
+    get_default_pinned_memory_pool = get_default_memory_pool
+
+    def _free(self) -> None:
+        self.ask()
+        self.freed += 1
 
     def RawModule(self, code: str, options: tuple[str, ...] = ()) -> Any:  # noqa: N802
         if code not in self._modules:
@@ -321,7 +359,10 @@ class Card:
         return SimpleNamespace(get_function=lambda name: Kernel(library, self, name, kernels[name]))
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        self.ask()
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if nbytes > self.room_bytes:
+            raise MemoryError(f"Out of memory allocating {nbytes} bytes")  # cupy's own is one
         raw = np.full(nbytes + 2 * GUARD, UNWRITTEN, np.uint8)
         self._memory.append(raw)
         return raw[GUARD : GUARD + nbytes].view(dtype).reshape(shape).view(Array)
@@ -344,7 +385,8 @@ class Card:
     def forget(self) -> None:
         """Begin again for the next test."""
         self._memory.clear()
-        self.descending, self.waits, self.graphs = False, 0, 0
+        self.descending, self.waits, self.graphs, self.freed = False, 0, 0, 0
+        self.room_bytes = self.launches_left = math.inf
 
     def check_guards(self) -> None:
         for raw in self._memory:

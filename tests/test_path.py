@@ -15,7 +15,7 @@ import structlog
 import zmq
 
 from streamprior.config import PositionSettings, SourceSettings
-from streamprior.crew import Sequencer, ThreadCrew, think
+from streamprior.crew import ThreadCrew, think
 from streamprior.errors import SinkUnavailable, WireError
 from streamprior.join import Joiner
 from streamprior.ladder import Ladder
@@ -28,7 +28,8 @@ from streamprior.prior import Prior
 from streamprior.quarantine import MOST_A_SECOND, Quarantine
 from streamprior.records import NOT_MEASURED, Batch, Detector, Flag, Positions, Reading, Result, RunEnded, RunStarted, SeriesStart
 from streamprior.runs import Runs
-from streamprior.seams import Decoded, Message
+from streamprior.seams import Decoded, Message, StageFactory
+from streamprior.sequencer import Sequencer
 from streamprior.sources.zmq import ZmqPull
 from streamprior.stages.prepare import check_shape
 from streamprior.wire.dectris_v2 import StreamV2Decoder, encode_end, encode_image, encode_start
@@ -89,18 +90,28 @@ class House:
     """The path with real stages and wire, a scripted source and sinks that the test holds."""
 
     def __init__(
-        self, messages: Sequence[bytes], sinks: Sequence[Kept], prior: Prior | None = None, workers: int = 2, ladder: Ladder | None = None
+        self,
+        messages: Sequence[bytes],
+        sinks: Sequence[Kept],
+        prior: Prior | None = None,
+        workers: int = 2,
+        ladder: Ladder | None = None,
+        stages: StageFactory | None = None,
+        spare: StageFactory | None = None,
     ) -> None:
         self.prior = prior or small_prior()
         self.recipe = make_recipe(self.prior)
         self.ledger = Ledger(sink.name for sink in sinks if sink.complete)
         self.meters = Meters("eiger", self.recipe.stage_names, [sink.name for sink in sinks], NAMES, self.recipe.signals)
         self.quarantined: list[str] = []
+        self.crew = ThreadCrew(
+            stages or self.recipe.stages, self.prior, workers, 4, 1.0, 2**20, self.meters.stage, ladder, spare, self.ledger.dropped
+        )
         self.path = Pipeline(
             Wire(Scripted(messages), StreamV2Decoder("eiger", max_message_bytes=100_000)),
             Joiner(PositionSettings(), separate=False),
             Runs(self.ledger.distinct, late_s=0.1, idle_s=60),
-            ThreadCrew(self.recipe.stages, self.prior, workers, 4, 1.0, 2**20, self.meters.stage, ladder),
+            self.crew,
             self.recipe.watches(),
             [Outbox(sink, 2**20, self.ledger, self.meters) for sink in sinks],
             self.ledger,

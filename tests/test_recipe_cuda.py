@@ -37,3 +37,12 @@ def test_a_card_that_computes_wrongly_is_not_used(card: Card, monkeypatch: pytes
     monkeypatch.setattr(CudaClassifier, "classes", wrong)
     with pytest.raises(ConfigError, match=r"compute\.backend: the CUDA card gives .* set compute\.backend to cpu"):
         on_the_card().warm_up()
+
+
+def test_a_card_that_has_no_room_or_fails_at_the_start_is_said_with_a_remedy(card: Card) -> None:
+    card.room_bytes = 100
+    with pytest.raises(ConfigError, match=r"compute\.backend: the CUDA card cannot compute \(Out of memory.*nvidia-smi.*to cpu"):
+        on_the_card().warm_up()
+    card.room_bytes, card.launches_left = np.inf, 5
+    with pytest.raises(ConfigError, match="cudaErrorIllegalAddress"):
+        on_the_card().warm_up()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.arrays import check_backend, load_cupy, page_locked
+from streamprior.arrays import card_errors, check_backend, load_cupy, page_locked
 from streamprior.prior import FEATURES, Prior
 from streamprior.records import Batch, Classes
 from streamprior.stages.classify import Classifier, fold
@@ -36,9 +36,12 @@ _MOST_BLOCKS = 64
 def make_classifier(prior: Prior, backend: str = "auto") -> Classifier | CudaClassifier:
     """What classifies a prior's frames on "cpu", "cuda", or "auto": a CUDA card where there is one.
 
-    Raises ConfigError where the backend cannot compute here.
+    Raises ConfigError where the backend cannot compute here, MemoryError where the card has no room, DeviceLost where it has failed.
     """
-    return CudaClassifier(prior) if check_backend(backend, ("cpu", "cuda")) == "cuda" else Classifier(prior)
+    if check_backend(backend, ("cpu", "cuda")) == "cpu":
+        return Classifier(prior)
+    with card_errors(load_cupy()):
+        return CudaClassifier(prior)
 
 
 def source_for(kind: str) -> str:
@@ -90,11 +93,19 @@ class CudaClassifier:
             The shapes are not the prior's.
         TypeError
             Counts of another dtype than uint8, uint16, uint32 and float32.
+        MemoryError
+            There was no room for so many frames. What is left half made here is not to be used again; a new classifier is.
+        DeviceLost
+            The card has failed for this process.
         """
         if counts.ndim != 3 or counts.shape[1:] != self._shape:
             raise ValueError(f"counts have shape {counts.shape}, this prior classifies (B, {self._shape[0]}, {self._shape[1]})")
         if valid.shape not in (self._shape, counts.shape):
             raise ValueError(f"valid has shape {valid.shape}, the counts {counts.shape}")
+        with card_errors(self._cupy, (self._up, self._stream, self._down)):
+            return self._classes(counts, valid)
+
+    def _classes(self, counts: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Classes:
         slots = self._prepared(counts.dtype)
         ids = page_locked(self._cupy, counts.shape, np.uint8)
         distance = page_locked(self._cupy, (len(counts),), F32)

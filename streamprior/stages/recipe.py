@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from streamprior.arrays import check_backend
+from streamprior.arrays import check_backend, free_card_memory
 from streamprior.config import DriftSettings, PrepareSettings, RefineSettings
-from streamprior.errors import ConfigError
+from streamprior.errors import ConfigError, DeviceLost
 from streamprior.prior import Prior
 from streamprior.records import Batch, Detector, Frame, RunStarted
 from streamprior.seams import Stage, Watch
@@ -39,6 +39,11 @@ class Recipe:
     backend: str = "cpu"
 
     @property
+    def on_card(self) -> bool:
+        """Whether a card computes here. Raises ConfigError where the backend cannot."""
+        return check_backend(self.backend, ("cpu", "cuda")) == "cuda"
+
+    @property
     def refines(self) -> bool:
         """Whether frames get objects of their own: one frame of a ptychography scan does not determine any."""
         return self.name == "bragg" and self.refine.enabled
@@ -59,7 +64,9 @@ class Recipe:
         return measured_here(self.prior.class_names)
 
     def stages(self) -> Sequence[Stage]:
-        """A fresh set for one worker. Raises ConfigError for a schedule that is none."""
+        """A fresh set for one worker. Raises ConfigError for a schedule that is none, and on a card what `make_classifier` does."""
+        if self.on_card:
+            free_card_memory()  # of a set that this one stands in for, because it ran out of memory
         always: tuple[Stage, ...] = (
             Preparer(self.prior, load_corrections(self.prepare, self.prior.geometry.detector_shape)),
             make_classifier(self.prior, self.backend),
@@ -78,8 +85,22 @@ class Recipe:
     def warm_up(self) -> None:
         """Compile the kernels and plan the FFTs on a blank frame of each dtype: the first frame of a run is as quick as the last.
 
-        Raises ConfigError where a card gives other results than the CPU.
+        Raises ConfigError where a card gives other results than the CPU, has no room, or fails.
         """
+        if not self.on_card:
+            self._run_blank()
+            return
+        try:
+            self._run_blank()
+            self._compare_with_cpu()
+        except (MemoryError, DeviceLost) as error:
+            raise ConfigError(
+                f"compute.backend: the CUDA card cannot compute ({error}); see with nvidia-smi who else uses it and whether it is healthy,"
+                " set compute.workers or compute.batch_frames lower, or compute.backend to cpu"
+            ) from error
+
+    def _run_blank(self) -> None:
+        """Every stage once on each dtype."""
         stages = self.stages()
         shape = self.prior.geometry.detector_shape
         run = RunStarted("warm-up", "", "", 0.0, None, Detector(shape=shape))
@@ -92,8 +113,6 @@ class Recipe:
             assert batch.classes is not None
             reference = self.prior.reference
             mask_numbers(list(batch.classes.ids), list(batch.photons.counts), reference, reference, len(self.prior.class_names))
-        if check_backend(self.backend, ("cpu", "cuda")) == "cuda":
-            self._compare_with_cpu()
 
     def _compare_with_cpu(self) -> None:
         """A driver, a compiler or a card that computes wrongly would show in no error, only in the results of a beamtime."""

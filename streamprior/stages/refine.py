@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.arrays import check_backend
+from streamprior.arrays import card_errors, check_backend, load_cupy
 from streamprior.prior import Prior
 from streamprior.records import FLAT, UNUSED, Batch, Flag, Photons, Reconstruction, Start
 from streamprior.stages.blocks import BlockFrame
@@ -98,11 +98,12 @@ def make_solver(
 ) -> Solver | CudaSolver:
     """What refines frames of one shape on "cpu", "cuda", or "auto": a CUDA card where there is one.
 
-    Raises ConfigError where the backend cannot compute here.
+    Raises ConfigError where the backend cannot compute here, MemoryError where the card has no room, DeviceLost where it has failed.
     """
-    if check_backend(backend, ("cpu", "cuda")) == "cuda":
+    if check_backend(backend, ("cpu", "cuda")) == "cpu":
+        return Solver(shape, plan, weight, free_fraction)
+    with card_errors(load_cupy()):
         return CudaSolver(shape, plan, weight, free_islands(shape, free_fraction))
-    return Solver(shape, plan, weight, free_fraction)
 
 
 class Refiner:

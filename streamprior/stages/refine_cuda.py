@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.arrays import load_cupy, page_locked
+from streamprior.arrays import card_errors, load_cupy, page_locked
 from streamprior.records import FLAT, UNUSED, Reconstruction, Start
 from streamprior.stages.iterate_cuda import C64, F32, I32, SOURCE, THREADS, Objects, centred_places, make_engine
 from streamprior.stages.landing_cuda import Landing, copy_items, map_apart, power_of_two
@@ -126,7 +126,21 @@ class CudaSolver:
     def solve(
         self, counts: npt.NDArray[Any], arms: Start, valid: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint32] | None
     ) -> Reconstruction:
-        """Refine frames: counts and valid (B, *shape), arms (B, k, *shape); see `refine.refine`."""
+        """Refine frames: counts and valid (B, *shape), arms (B, k, *shape); see `refine.refine`.
+
+        Raises
+        ------
+        MemoryError
+            There was no room for so many frames. What is left half made here is not to be used again; a new solver is.
+        DeviceLost
+            The card has failed for this process.
+        """
+        with card_errors(self._cupy, (self._up, self._stream, self._down)):
+            return self._solve(counts, arms, valid, flags)
+
+    def _solve(
+        self, counts: npt.NDArray[Any], arms: Start, valid: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint32] | None
+    ) -> Reconstruction:
         used = arms.unit != UNUSED
         if used.sum(1).max(initial=0) > self._engine.room:
             self._build(self._engine.name, int(used.sum(1).max()))
