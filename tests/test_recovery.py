@@ -32,10 +32,11 @@ class Hall:
         self.folder, self.port = folder, free_port()
         self.settings = {"source": {"address": f"tcp://127.0.0.1:{self.port}"}, "http": {"port": free_port()}} | settings
         self.frames = diffraction(count=COUNT)
+        self.spool = folder / "spool"
 
     @contextmanager
     def daemon(self, **changed: Any) -> Iterator[Running]:
-        with daemon(self.folder, {"STREAMPRIOR_STATE": str(self.folder / "state")}, **self.settings | changed) as running:
+        with daemon(self.folder, **self.settings | changed) as running:
             running.port, running.http = self.port, self.settings["http"]["port"]
             yield running
 
@@ -48,6 +49,9 @@ class Hall:
 
     def runs(self) -> list[ArchivedRun]:
         return [read_run(folder) for folder in run_folders(self.folder / "archive")]
+
+    def recovery(self, mode: str = "complete") -> dict[str, Any]:
+        return {"mode": mode, "folder": str(self.spool)}
 
     def account(self, running: Running, place: int = 0) -> Mapping[str, Any]:
         account: Mapping[str, Any] = running.get("/ledger")["runs"][place]
@@ -98,13 +102,13 @@ def assert_same(one: ArchivedRun, other: ArchivedRun) -> None:
 
 
 def test_in_complete_mode_a_kill_costs_no_frame_and_changes_no_value(hall: Hall, tmp_path: Path) -> None:
-    with hall.daemon(recovery={"mode": "complete"}) as running:
+    with hall.daemon(recovery=hall.recovery()) as running:
         send(running, [hall.start(), *hall.images(0, 35)])
         received(running, 35)
         kill(running)
     left = {index for run in hall.runs() for index in run.frames["index"].to_pylist()} if hall.runs() else set()
     assert len(left) < 35, "nothing was on its way: this proves nothing"
-    with hall.daemon(recovery={"mode": "complete"}) as running:
+    with hall.daemon(recovery=hall.recovery()) as running:
         send(running, [*hall.images(35, COUNT), encode_end(1, "S1")])
         running.until("run closed")
         account = hall.account(running)
@@ -114,15 +118,15 @@ def test_in_complete_mode_a_kill_costs_no_frame_and_changes_no_value(hall: Hall,
     (run,) = hall.runs()
     assert run.about["status"] == "complete"
     assert_same(run, undisturbed(tmp_path, hall))
-    assert not [*(hall.folder / "state" / "spool").glob("*/*")], "nothing is kept once all is archived"
+    assert not [*hall.spool.glob("*/*")], "nothing is kept once all is archived"
 
 
 def test_in_live_mode_the_run_goes_on_and_what_was_lost_is_listed(hall: Hall) -> None:
-    with hall.daemon() as running:
+    with hall.daemon(recovery=hall.recovery("live")) as running:
         send(running, [hall.start(), *hall.images(0, 35)])
         received(running, 35)
         kill(running)
-    with hall.daemon() as running:
+    with hall.daemon(recovery=hall.recovery("live")) as running:
         send(running, [*hall.images(35, COUNT), encode_end(1, "S1")])
         running.until("run closed")
         account = hall.account(running)
@@ -139,13 +143,13 @@ def test_in_live_mode_the_run_goes_on_and_what_was_lost_is_listed(hall: Hall) ->
 
 @pytest.mark.parametrize("mode", ["live", "complete"])
 def test_a_run_of_which_nothing_comes_any_more_is_closed_as_interrupted_by_the_next(hall: Hall, mode: str) -> None:
-    with hall.daemon(recovery={"mode": mode}) as running:
+    with hall.daemon(recovery=hall.recovery(mode)) as running:
         send(running, [hall.start(), *hall.images(0, 35)])
         received(running, 35)
         while hall.account(running)["published"] < 35:
             time.sleep(0.01)
         kill(running)
-    with hall.daemon(recovery={"mode": mode}) as running:
+    with hall.daemon(recovery=hall.recovery(mode)) as running:
         send(running, [hall.start(2), *hall.images(0, COUNT, 2), encode_end(2, "S2")])
         running.until("run closed")
         running.until("run closed")
@@ -157,14 +161,14 @@ def test_a_run_of_which_nothing_comes_any_more_is_closed_as_interrupted_by_the_n
 
 
 def test_other_settings_begin_a_run_of_their_own_with_what_the_start_message_said(hall: Hall) -> None:
-    with hall.daemon(recovery={"mode": "complete"}) as running:
+    with hall.daemon(recovery=hall.recovery()) as running:
         send(running, [hall.start(), *hall.images(0, 35)])
         received(running, 35)
         while hall.account(running)["published"] < 4:
             time.sleep(0.01)
         kill(running)
     before = {index for run in hall.runs() for index in run.frames["index"].to_pylist()}
-    with hall.daemon(recovery={"mode": "complete"}, refine={"iterations": 7}) as running:
+    with hall.daemon(recovery=hall.recovery(), refine={"iterations": 7}) as running:
         send(running, [*hall.images(35, COUNT), encode_end(1, "S1")])
         running.until("run closed")
         assert running.leave()[0] == 0
@@ -177,16 +181,16 @@ def test_other_settings_begin_a_run_of_their_own_with_what_the_start_message_sai
 
 
 def test_a_daemon_that_is_killed_again_and_again_still_loses_nothing(hall: Hall, tmp_path: Path) -> None:
-    with hall.daemon(recovery={"mode": "complete"}) as running:
+    with hall.daemon(recovery=hall.recovery()) as running:
         send(running, [hall.start(), *hall.images(0, 20)])
         received(running, 20)
         kill(running)
     for first in (20, 30, 40):
-        with hall.daemon(recovery={"mode": "complete"}) as running:
+        with hall.daemon(recovery=hall.recovery()) as running:
             send(running, hall.images(first, first + 10))
             received(running, first + 10)
             kill(running)
-    with hall.daemon(recovery={"mode": "complete"}) as running:
+    with hall.daemon(recovery=hall.recovery()) as running:
         send(running, [*hall.images(50, COUNT), encode_end(1, "S1")])
         running.until("run closed")
         account = hall.account(running)
