@@ -700,7 +700,7 @@ def bench(
         str,
         typer.Argument(
             help="Timed: classify, refine, mosaic, path, wire, gpu, or all of them. Studies: crystals, measured, morphology, reuse, or"
-            " prior for these four; scans; overload and soak (half an hour), with verdicts."
+            " prior for these four; scans; overload, kills and soak (half an hour), with verdicts."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line each instead of a table.")] = False,

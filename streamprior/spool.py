@@ -383,6 +383,13 @@ class Spool:
         self._close_images()
 
 
+def spooled_images(folder: Path) -> Iterator[Message]:
+    """Images in the spools below a folder, as they lie there; nothing is changed."""
+    for path in sorted(folder.glob("**/images-*")):
+        for _, spooled, _ in _records(path):
+            yield spooled.message
+
+
 def _record(kind: int, wire: int, at: float, number: int, message: Message) -> list[bytes]:
     """A message as it is written. Raises TypeError for what is no message off a wire."""
     if isinstance(message, bytes):

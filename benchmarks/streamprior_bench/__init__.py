@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamprior_bench import classify, crystals, gpu, measured, morphology, mosaic, overload, path, refine, reuse, scans, soak, wire
+from streamprior_bench import classify, crystals, gpu, kills, measured, morphology, mosaic, overload, path, refine, reuse, scans, soak, wire
 from streamprior_bench.measure import machine as machine
 
 BENCHMARKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -23,6 +23,7 @@ CHOOSING = ("classify", "refine", "gpu")
 
 STUDIES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "crystals": crystals.run,
+    "kills": kills.run,
     "measured": measured.run,
     "morphology": morphology.run,
     "overload": overload.run,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rate-hz", type=float, help="frames a second; left out: as fast as they are taken")
     parser.add_argument("--then", type=float, nargs=2, metavar=("AFTER", "RATE_HZ"), help="another rate after so many frames")
     parser.add_argument("--long", action="store_true", help="encode each frame when it is due: a long run fits no memory")
+    parser.add_argument("--until", type=Path, help="stop once this file is there, and print how many frames were sent")
     given = parser.parse_args()
     detector = Detector(shape=(given.size, given.size))
     start = encode_start(1, "bench", detector, given.count, np.dtype(np.uint16), {})
@@ -45,9 +48,15 @@ def main() -> None:
         else:
             images = _by_clock(frames, _due(given.count, given.rate_hz, given.then))
         push.send(start)
+        sent = 0
         for image in images:
+            if given.until is not None and given.until.exists():
+                break
             push.send(image)
+            sent += 1
         push.send(encode_end(1, "bench"))
+        sys.stdout.write(f"{sent}\n" if given.until is not None else "")
+        sys.stdout.flush()
     # Giving back every frame to the allocator takes a second of one of the cores that are measured.
     os._exit(0)
 
