@@ -632,7 +632,9 @@ def ledger(
     url: Annotated[str, typer.Option(help="Address of the daemon's HTTP port.")] = "http://127.0.0.1:9870",
     run: Annotated[str | None, typer.Option(help="Uid of a run or the beginning of it (default: all; with --frame the newest).")] = None,
     frame: Annotated[int | None, typer.Option(min=0, help="Index of a frame: what became of it, and why?")] = None,
-    left_out: Annotated[bool, typer.Option("--left-out", help="Ranges of frames that are not published, and why.")] = False,
+    left_out: Annotated[
+        bool, typer.Option("--left-out", help="Ranges of frames that are not published, or without refinement, and why.")
+    ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Read this state folder in place of asking a daemon: what processes left there, running or not.")
     ] = None,
