@@ -25,7 +25,7 @@ class Rung:
     """What is done while the ladder stands here. Frames are chosen by index, so that two runs over the same frames choose alike.
 
     level : of `LEVELS`. refine_every : every n-th frame is refined, 0 for none. classify_every : every n-th frame is classified.
-    drop : what does not fit into the receive queue is dropped. why : frames are not refined, a reason of the ledger's.
+    drop : what does not fit into the receive queue is dropped. why : reason, in the ledger's words, for which frames are not refined here.
     """
 
     level: int

@@ -20,7 +20,7 @@ from streamprior.account import Fate, RunAccount, account_line, stretches
 from streamprior.fates import SPAN, Fates, InUse, forget, in_use
 from streamprior.records import Detector, RunEnded, RunStarted
 
-__all__ = ["KEPT_BYTES", "KEPT_RUNS", "Ledger", "account_line", "answer", "catch_up", "read_ledger"]
+__all__ = ["KEPT_BYTES", "KEPT_RUNS", "Ledger", "account_line", "answer", "catch_up", "frames_up_to", "read_ledger"]
 
 log = structlog.get_logger(__name__)
 
@@ -366,6 +366,15 @@ def catch_up(folder: Path, uid: str, indices: npt.NDArray[np.int64]) -> int:
         fates.release()
         raise InUse(str(path))
     return RunAccount.read(head, fates).catch_up(indices, time.time())
+
+
+def frames_up_to(folder: Path, uid: str) -> int:
+    """The highest index that came in of a run that ended, plus one; 0 where no ledger in `folder` says."""
+    try:
+        head = json.loads((folder / f"{quote(uid, safe='')}.json").read_text())
+        return int(head["sums"]["extent"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _read(folder: Path | None, mode: Literal["again", "look"]) -> Iterator[tuple[str, RunAccount]]:

@@ -99,10 +99,11 @@ class House:
         ladder: Ladder | None = None,
         stages: StageFactory | None = None,
         spare: StageFactory | None = None,
+        ledger: Path | None = None,
     ) -> None:
         self.prior = prior or small_prior()
         self.recipe = make_recipe(self.prior)
-        self.ledger = Ledger(sink.name for sink in sinks if sink.complete)
+        self.ledger = Ledger((sink.name for sink in sinks if sink.complete), ledger)
         self.meters = Meters("eiger", self.recipe.stage_names, [sink.name for sink in sinks], NAMES, self.recipe.signals)
         self.quarantined: list[str] = []
         self.crew = ThreadCrew(
