@@ -127,7 +127,7 @@ class CatchUp:
             )
         except (OSError, ValueError, TypeError) as error:
             return f"the ledger in {folder} could not be told ({error}); the same command tells it when that is mended"
-        return f"the ledger in {folder} has {number} more frames as published"
+        return f"the ledger in {folder} was told of {number} frames"
 
     def _batch(self, indices: Sequence[int]) -> _Batch:
         """Frames with what the archive knows of them, and those just before them, which may need nothing: masks are compared with them."""

@@ -77,7 +77,7 @@ def test_the_ledger_hears_what_was_caught_up_with_and_keeps_what_had_become_of_i
     assert ledger.frame(before["run"], 7) == was
     code, said = call("catchup", folder, place / "scan.npy", "--config", place / "daemon.yaml")
     number = COUNT // 2 if furthest == "refinement" else COUNT
-    assert (code, f"has {number} more frames as published" in " ".join(said.split())) == (0, True)
+    assert (code, f"was told of {number} frames" in " ".join(said.split())) == (0, True)
     (after,) = ledger.runs()  # of the process that wrote the run
     assert (after["published"], after["caught_up"], after["received"]) == (COUNT, number, COUNT)
     assert (after["unrefined"], after["dropped"], after["balanced"]) == ({}, {}, True)
@@ -96,7 +96,7 @@ def test_a_ledger_that_cannot_be_told_is_said_and_told_by_the_next_call(place: P
     assert ledger.runs() == [account]
     held.release()
     code, said = call(*command)
-    assert (code, f"has {COUNT // 2} more frames as published" in " ".join(said.split())) == (0, True)
+    assert (code, f"was told of {COUNT // 2} frames" in " ".join(said.split())) == (0, True)
     forget(state_folder() / "ledger" / f"{account['run']}.fates")
     code, said = call(*command)
     assert (code, "keeps no run" in " ".join(said.split())) == (0, True)
