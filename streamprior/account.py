@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -431,6 +431,52 @@ def stretches(pieces: Iterable[tuple[int, npt.NDArray[np.uint8]]]) -> Iterator[t
         end = begin + len(codes)
     if number >= 0:
         yield first, end - 1, number
+
+
+_FOLDED = 4
+"""Stretches that come at equal distances before they are told as one: two or three may be chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Stretches of one fate (its number) and one length, `period` frames from one to the next; a single one has count 1."""
+
+    first: int
+    number: int
+    length: int
+    period: int = 0
+    count: int = 1
+
+    @property
+    def last(self) -> int:
+        return self.first + (self.count - 1) * self.period + self.length - 1
+
+    def joined(self, other: Repeated) -> Repeated | None:
+        """With one more stretch; None where that is not the next one."""
+        distance = other.first - self.first - (self.count - 1) * self.period
+        if other.length != self.length or self.period not in (0, distance):
+            return None
+        return replace(self, period=distance, count=self.count + 1)
+
+    def told(self) -> Iterator[Repeated]:
+        """As one where they are many, else one by one."""
+        if self.count >= _FOLDED:
+            yield self
+        else:
+            yield from (Repeated(self.first + n * self.period, self.number, self.length) for n in range(self.count))
+
+
+def folded(found: Iterable[tuple[int, int, int]]) -> Iterator[Repeated]:
+    """`stretches` -> the same, those that come at equal distances as one: under overload each n-th frame is what the ladder left."""
+    growing: dict[int, Repeated] = {}
+    for first, last, number in found:
+        new, before = Repeated(first, number, last - first + 1), growing.get(number)
+        longer = before.joined(new) if before is not None else new
+        if longer is None and before is not None:
+            yield from before.told()
+        growing[number] = longer or new
+    for one in growing.values():
+        yield from one.told()
 
 
 def _why_absent(told: Mapping[str, Any], closed: float | None) -> str:

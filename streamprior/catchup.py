@@ -96,9 +96,9 @@ class CatchUp:
 
         Raises ConfigError where the file's frames are not those that the archive has masks of.
         """
-        lacking = self.gap.indices.tolist()
-        size = max(1, min(_BATCH, _BATCH_BYTES // self._recording[0].nbytes)) if lacking else 1
-        batches = (self._batch(lacking[first : first + size]) for first in range(0, len(lacking), size))
+        lacking = self.gap.indices
+        size = max(1, min(_BATCH, _BATCH_BYTES // self._recording[0].nbytes)) if len(lacking) else 1
+        batches = (self._batch(lacking[first : first + size].tolist()) for first in range(0, len(lacking), size))
         idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(min(self._workers, -(-len(lacking) // size))):
             idle.put(_Worker(self._recipe, self._run))

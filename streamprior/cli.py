@@ -692,6 +692,7 @@ def _read_in(folder: Path, run: str | None, frame: int | None, left_out: bool) -
 def _print_left_out(found: dict[str, Any]) -> None:
     for one in found["left_out"]:
         frames = f"{one['first']}" if one["first"] == one["last"] else f"{one['first']} to {one['last']}"
+        frames += f", {one['frames']} of every {one['period']}" if "period" in one else ""
         out.print(f"{frames}: {one['fate']}", markup=False, highlight=False, soft_wrap=True)
     if found["more"]:
         out.print(f"and {found['more']} more ranges; --frame answers for any one of them")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from streamprior.account import Fate, RunAccount, account_line, stretches
+from streamprior.account import Fate, RunAccount, account_line, folded, stretches
 from streamprior.fates import SPAN, Fates, InUse, forget, in_use
 from streamprior.records import Detector, RunEnded, RunStarted
 
@@ -210,8 +210,8 @@ class Ledger:
             return self._kept(uid).story(index)
 
     def left_out(self, uid: str, most: int = _MOST_RANGES) -> dict[str, Any]:
-        """Ranges of frames that are not published, or without refinement, JSON-able: `left_out`, a list of (fate, first, last); `more`,
-        ranges beyond `most`.
+        """Ranges of frames that are not published, or without refinement, JSON-able: `left_out`, a list of (fate, first, last), and
+        where it is a part of these that repeats: `frames` of each `period`, from `first` on; `more`, ranges beyond `most`.
 
         Frames that never came are among them, up to the number that the run expected. KeyError for an unknown run.
         """
@@ -219,17 +219,18 @@ class Ledger:
         more = 0
         with self._lock:
             names = self._kept(uid).names()
-        for first, last, number in stretches(self._pieces(uid)):
-            if number >= len(names):  # new since
+        for one in folded(stretches(self._pieces(uid))):
+            if one.number >= len(names):  # new since
                 with self._lock:
                     names = self._kept(uid).names()
-            if names[number].is_whole:
+            if names[one.number].is_whole:
                 continue
             if len(ranges) == most:
                 more += 1
                 continue
-            ranges.append({"fate": names[number].words, "first": first, "last": last})
-        return {"run": uid, "left_out": ranges, "more": more}
+            repeats = {"frames": one.length, "period": one.period} if one.count > 1 else {}
+            ranges.append({"fate": names[one.number].words, "first": one.first, "last": one.last} | repeats)
+        return {"run": uid, "left_out": sorted(ranges, key=lambda one: int(one["first"])), "more": more}
 
     def in_flight(self) -> int:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,17 @@ def test_what_cannot_be_caught_up_with_is_said(place: Path) -> None:
         assert words in " ".join(said.split())
     code, said = call("catchup", place, place / "scan.npy", "--config", place / "daemon.yaml")
     assert (code, "is no archived run" in " ".join(said.split())) == (2, True)
+
+
+def test_however_many_frames_are_lacking_two_batches_a_worker_are_in_memory_and_they_come_in_order() -> None:
+    made, taken = [], 0
+
+    def batches() -> Iterator[Any]:
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    for taken, (batch, result) in enumerate(catchup._in_order(lambda number: 10 * number, batches(), workers=3)):  # type: ignore[arg-type, return-value]
+        assert (batch, result) == (taken, 10 * taken)
+        assert len(made) - taken <= 6
+    assert taken == 49

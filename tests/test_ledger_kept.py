@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamprior import ledger as module
-from streamprior.account import account_line
+from streamprior.account import account_line, folded, stretches
 from streamprior.fates import SPAN, InUse
 from streamprior.ledger import KEPT_RUNS, Ledger, answer, catch_up, read_ledger
 from streamprior.metrics import Meters
@@ -182,13 +182,47 @@ def test_a_leap_in_the_index_costs_one_piece_of_disk_and_a_long_run_a_few_mapped
     assert len(os.listdir("/proc/self/fd")) < descriptors
 
 
-def test_every_second_frame_of_a_run_is_an_answer_of_bounded_length(tmp_path: Path) -> None:
+def test_an_answer_is_of_bounded_length_whatever_was_left_out(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
-    for index in range(0, 100, 2):
+    came = [n * n for n in range(2, 52)]
+    for index in came:
         ledger.received("u", index)
-    ledger.published("u", "archive", range(0, 100, 2))
+    ledger.published("u", "archive", came)
     found = ledger.left_out("u", most=10)
-    assert (len(found["left_out"]), found["more"]) == (10, 39)
+    assert (len(found["left_out"]), found["more"]) == (10, 40)
+
+
+def test_what_was_left_out_at_equal_distances_is_told_as_one_and_two_single_frames_are_not() -> None:
+    ledger = opened(None)
+    for index in range(100):
+        ledger.received("u", index)
+    for index in (1, 3, 5, 7, 9, 50, 70):  # the ladder, and two that have nothing to do with each other
+        ledger.dropped("u", index, "classify", "overload")
+    alone = {index: "overload" for index in range(10, 50) if index % 8}
+    ledger.published("u", "archive", range(100), alone)
+    overload, mask = "dropped at classify: overload", "published without refinement: overload"
+    assert ledger.left_out("u")["left_out"] == [
+        {"fate": overload, "first": 1, "last": 9, "frames": 1, "period": 2},
+        {"fate": mask, "first": 10, "last": 15},
+        {"fate": mask, "first": 17, "last": 47, "frames": 7, "period": 8},
+        {"fate": mask, "first": 49, "last": 49},
+        {"fate": overload, "first": 50, "last": 50},
+        {"fate": overload, "first": 70, "last": 70},
+    ]
+
+
+@given(st.lists(st.sampled_from([0, 0, 1, 2, 3]), max_size=200), st.integers(1, 70))
+def test_folded_stretches_are_the_same_frames(codes: list[int], piece: int) -> None:
+    """Every frame is in one of them, and in no other."""
+    found = dict[int, int]()
+    pieces = ((first, np.array(codes[first : first + piece], np.uint8)) for first in range(0, len(codes), piece))
+    for one in folded(stretches(pieces)):
+        for n in range(one.count):
+            for index in range(one.first + n * one.period, one.first + n * one.period + one.length):
+                assert index not in found
+                assert index <= one.last
+                found[index] = one.number
+    assert [found[index] for index in range(len(codes))] == codes
 
 
 def test_a_range_that_crosses_two_pieces_is_one(tmp_path: Path) -> None:
