@@ -267,7 +267,8 @@ class Ledger:
 
     def _resume(self, uid: str) -> bool:
         """Whether the run of an earlier process can go on."""
-        earlier = self._earlier.pop(uid)
+        earlier = self._fresh(self._earlier, uid)
+        del self._earlier[uid]
         try:
             earlier.reopen(Fates(earlier.fates.path, "again"), self._again)
         except (InUse, OSError, ValueError) as error:

@@ -53,8 +53,8 @@ def watched(place: Path, name: str, ladder: Ladder | None) -> tuple[Path, Ledger
 
 
 def behind(furthest: Any) -> Ladder:
-    """A ladder on its first rung that leaves out anything."""
-    ladder = Ladder(furthest, late_s=4.9, calm_s=60.0, refines=furthest != "masks")
+    """A ladder on its first rung that leaves out anything; its clock stands still, so it stays there however slow the machine is."""
+    ladder = Ladder(furthest, late_s=1.0, calm_s=2.0, refines=furthest != "masks", clock=lambda: 0.0)
     ladder.observe(5.0)
     return ladder
 

@@ -151,7 +151,7 @@ def test_every_frame_of_a_series_is_published_in_order_and_the_ledger_balances()
 
 
 def test_a_path_that_is_behind_leaves_out_refinement_by_index_and_every_frame_has_its_mask() -> None:
-    archive, ladder = Kept(), Ladder("refinement", late_s=1.0, calm_s=2.0)
+    archive, ladder = Kept(), Ladder("refinement", late_s=1.0, calm_s=2.0, clock=lambda: 0.0)
     ladder.observe(5.0)
     house = House(series(diffraction(count=40)), [archive], ladder=ladder).run()
     refined = [result.index for result in archive.results if not result.flags & Flag.NOT_REFINED]
