@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from streamprior.fates import SPAN, Fates, write_head
+from streamprior.fates import SPAN, Fates, head_stamp, write_head
 from streamprior.records import Detector, RunEnded, RunStarted
 
 UNSEEN, IN_FLIGHT, PUBLISHED = 0, 1, 2
@@ -21,6 +21,10 @@ _SINK_SLOT = 256
 
 _WHY = {
     ("classify", "overload"): "the path was behind, and its index one of those left out meanwhile; `streamprior catchup` computes it later",
+    ("refine", "overload"): "the path was behind, and its index one of those left out meanwhile; `streamprior catchup` refines it later",
+    ("refine", "disk_short"): "the archive's disk was nearly full; `streamprior catchup` refines it later",
+    ("refine", "empty"): "it has no photon on any measured pixel, so there is nothing to refine",
+    ("refine", "no_support"): "its support is empty, so there is nothing to refine",
     ("path", "shutdown"): "the daemon was told to leave and runs.drain_s was over before this frame was through",
     ("path", "crash"): "the process was killed while this frame was on its way",
     ("archive", "unavailable"): "the archive's folder could not be written, and the time to drain was over before it could be again",
@@ -28,9 +32,16 @@ _WHY = {
 """Sentences for what stage and reason alone do not explain."""
 
 
+_MADE_UP_FOR = ("overload", "disk_short")
+"""Reasons of frames published without refinement that catching up does away with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What can become of a frame; stage and reason where it was left out."""
+    """What can become of a frame; stage and reason where it was left out.
+
+    Published at `refine` is a frame without refinement, and why; published at `catchup` one that was made up for, and its fate before.
+    """
 
     kind: Literal["never received", "in flight", "published", "dropped", "quarantined"]
     stage: str = ""
@@ -38,12 +49,19 @@ class Fate:
 
     @property
     def words(self) -> str:
+        if self.kind == "published" and self.reason:
+            return f"published {'without refinement' if self.stage == 'refine' else 'by catching up; it was'}: {self.reason}"
         where = f" at {self.stage}" if self.stage else ""
         return f"{self.kind}{where}: {self.reason}" if self.reason else self.kind
 
     @property
     def short(self) -> str:
         return f"{self.stage}/{self.reason}" if self.kind == "dropped" else self.reason
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing of the frame was left out."""
+        return self.kind == "published" and self.stage != "refine"
 
 
 class RunAccount:
@@ -70,6 +88,7 @@ class RunAccount:
         self._others: Counter[int] = Counter()  # the same, of what has no index or had its index before
         self._sinks: Counter[str] = Counter()
         self._partly: dict[int, set[str]] = {}
+        self._stamp: tuple[int, int, int] | None = None
         self.save()
 
     def arrive(self, index: int, at: float) -> bool:
@@ -105,8 +124,13 @@ class RunAccount:
             self._indexed[number] += 1
             self.flying -= 1
 
-    def take(self, sink: str, indices: npt.NDArray[np.int64], complete: frozenset[str], at: float) -> int | None:
-        """`sink` has these frames safe; those that all complete ones have are published. Returns the last such index, or None."""
+    def take(
+        self, sink: str, indices: npt.NDArray[np.int64], complete: frozenset[str], at: float, unrefined: Mapping[int, str]
+    ) -> int | None:
+        """`sink` has these frames safe; those that all complete ones have are published. Returns the last such index, or None.
+
+        unrefined : index -> why, of those with a mask alone.
+        """
         first = sink not in self._sinks
         self._sinks[sink] += len(indices)
         if first:
@@ -119,7 +143,11 @@ class RunAccount:
             fresh = np.array([index for index in fresh.tolist() if self._is_whole(index, sink, complete)], np.int64)
         if not len(fresh):
             return None
-        self._decide(fresh, PUBLISHED, at)
+        for why in sorted(set(unrefined.values())):
+            alone = np.array([index for index, reason in unrefined.items() if reason == why], np.int64)
+            self._decide(np.intersect1d(fresh, alone), self._number(Fate("published", "refine", why)), at)
+        whole = np.setdiff1d(fresh, np.fromiter(unrefined, np.int64)) if unrefined else fresh
+        self._decide(whole, PUBLISHED, at)
         return int(indices[np.isin(indices, fresh)][-1])
 
     def settle_safe(self, indices: npt.NDArray[np.int64], at: float) -> None:
@@ -127,6 +155,30 @@ class RunAccount:
         fresh = np.unique(indices[self.fates.codes(indices) == IN_FLIGHT])
         if len(fresh):
             self._decide(fresh, PUBLISHED, at)
+
+    def catch_up(self, indices: npt.NDArray[np.int64], at: float) -> int:
+        """The archive now has these frames whole: those that were left out, in part or altogether, or never came are published.
+
+        Returns how many that were. One that never came counts as received from now on.
+        """
+        self._take_sums(self._counted() | {"residue": self.residue()})  # not those of a process that was killed in here
+        codes, count = self.fates.codes(indices), 0
+        for number in np.unique(codes).tolist():
+            was, these = self._names[number], indices[codes == number]
+            if was.is_whole or (was.kind == "published" and was.reason not in _MADE_UP_FOR):
+                continue
+            now = self._number(Fate("published", "catchup", was.words))
+            if number == UNSEEN:
+                for index in these.tolist():
+                    self.arrive(index, at)
+            elif number != IN_FLIGHT:
+                self._indexed[number] -= len(these)
+                self.flying += len(these)
+            self._decide(these, now, at)
+            count += len(these)
+        self.fates.release()
+        self.save()
+        return count
 
     def close(self, ended: RunEnded) -> None:
         self.closed, self.reason = ended.closed, ended.reason
@@ -205,7 +257,9 @@ class RunAccount:
             "reason": self.reason,
             "expected": run.expected if run else None,
             "received": self.received,
-            "published": self._of(PUBLISHED),
+            "published": sum(self._of(number) for number, fate in enumerate(self._names) if fate.kind == "published"),
+            "unrefined": self._by_reason("published", "refine"),
+            "caught_up": sum(self._by_reason("published", "catchup").values()),
             "dropped": self._by_reason("dropped"),
             "quarantined": self._by_reason("quarantined"),
             "in_flight": self.in_flight(),
@@ -219,9 +273,9 @@ class RunAccount:
     def fate(self, index: int) -> Fate:
         return self._names[self.fates.code(index)]
 
-    def names(self) -> list[str]:
-        """The fates in words, by their numbers."""
-        return [fate.words for fate in self._names]
+    def names(self) -> list[Fate]:
+        """The fates by their numbers."""
+        return list(self._names)
 
     def story(self, index: int) -> dict[str, Any]:
         """What is known of one frame, JSON-able: fate, received and decided (Unix s or None) and `why`, a sentence.
@@ -241,10 +295,11 @@ class RunAccount:
         if number == IN_FLIGHT:
             where = "on its way" if self.closed is None else "lost on the path, which is a fault of streamprior's own: please report it"
             return told | {"why": f"{came}; {where}"}
-        if number == PUBLISHED:
-            return told | {"why": f"{came}, safe {later}"}
+        if fate.stage == "catchup":
+            return told | {"why": f"`streamprior catchup` computed it from the file and put it into the archive at {_clock(decided)}"}
+        what = ("safe" if fate.is_whole else "its mask safe") if fate.kind == "published" else "left out"
         more = _WHY.get((fate.stage, fate.reason))
-        return told | {"why": f"{came}, left out {later}" + (f": {more}" if more else "")}
+        return told | {"why": f"{came}, {what} {later}" + (f": {more}" if more else "")}
 
     def _absence(self, index: int) -> dict[str, Any]:
         unread = {fate.short: self._others[n] for n, fate in enumerate(self._names) if n > PUBLISHED and self._others[n]}
@@ -296,8 +351,9 @@ class RunAccount:
     def _of(self, number: int) -> int:
         return self._indexed[number] + self._others[number]
 
-    def _by_reason(self, kind: str) -> dict[str, int]:
-        counts = {fate.short: self._of(number) for number, fate in enumerate(self._names) if fate.kind == kind}
+    def _by_reason(self, kind: str, stage: str | None = None) -> dict[str, int]:
+        alike = [(number, fate) for number, fate in enumerate(self._names) if fate.kind == kind and stage in (None, fate.stage)]
+        counts = {fate.short: self._of(number) for number, fate in alike}
         return {name: count for name, count in sorted(counts.items()) if count}
 
     def save(self) -> None:
@@ -310,6 +366,13 @@ class RunAccount:
         sums = {"distinct": self.distinct, "flying": self.flying, "extent": self.extent, "residue": self.residue()}
         indexed = [self._indexed[number] for number in range(len(self._names))]
         write_head(self.fates.path, head | {"sums": {**sums, "indexed": indexed} if self.closed is not None else None})
+        self._stamp = head_stamp(self.fates.path)
+
+    def is_stale(self) -> bool:
+        """Whether another process has written about this run since it was closed: what was left out of it may be made up for."""
+        if self.closed is None or self.fates.path is None or self.fates.failing:
+            return False
+        return head_stamp(self.fates.path) not in (None, self._stamp)
 
     @classmethod
     def read(cls, head: Mapping[str, Any], fates: Fates) -> RunAccount:
@@ -323,11 +386,14 @@ class RunAccount:
         account._others = Counter({number: slots[number] for number in range(len(account._names))})
         account._sinks = Counter({sink: slots[_SINK_SLOT + n] for n, sink in enumerate(head["sinks"])})
         account._partly = {}
-        sums = head["sums"] or account._counted()
-        account.distinct, account.flying, account.extent = sums["distinct"], sums["flying"], sums["extent"]
-        account._indexed = Counter(dict(enumerate(sums["indexed"])))
-        account.received = account.distinct + sum(account._others.values()) + sums["residue"]
+        account._stamp = head_stamp(fates.path) if fates.path is not None else None
+        account._take_sums(head["sums"] or account._counted())
         return account
+
+    def _take_sums(self, sums: Mapping[str, Any]) -> None:
+        self.distinct, self.flying, self.extent = sums["distinct"], sums["flying"], sums["extent"]
+        self._indexed = Counter(dict(enumerate(sums["indexed"])))
+        self.received = self.distinct + sum(self._others.values()) + sums["residue"]
 
     def _counted(self) -> dict[str, Any]:
         """The sums of a run that nobody closed, from its frames."""
@@ -367,6 +433,52 @@ def stretches(pieces: Iterable[tuple[int, npt.NDArray[np.uint8]]]) -> Iterator[t
         yield first, end - 1, number
 
 
+_FOLDED = 4
+"""Stretches that come at equal distances before they are told as one: two or three may be chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Stretches of one fate (its number) and one length, `period` frames from one to the next; a single one has count 1."""
+
+    first: int
+    number: int
+    length: int
+    period: int = 0
+    count: int = 1
+
+    @property
+    def last(self) -> int:
+        return self.first + (self.count - 1) * self.period + self.length - 1
+
+    def joined(self, other: Repeated) -> Repeated | None:
+        """With one more stretch; None where that is not the next one."""
+        distance = other.first - self.first - (self.count - 1) * self.period
+        if other.length != self.length or self.period not in (0, distance):
+            return None
+        return replace(self, period=distance, count=self.count + 1)
+
+    def told(self) -> Iterator[Repeated]:
+        """As one where they are many, else one by one."""
+        if self.count >= _FOLDED:
+            yield self
+        else:
+            yield from (Repeated(self.first + n * self.period, self.number, self.length) for n in range(self.count))
+
+
+def folded(found: Iterable[tuple[int, int, int]]) -> Iterator[Repeated]:
+    """`stretches` -> the same, those that come at equal distances as one: under overload each n-th frame is what the ladder left."""
+    growing: dict[int, Repeated] = {}
+    for first, last, number in found:
+        new, before = Repeated(first, number, last - first + 1), growing.get(number)
+        longer = before.joined(new) if before is not None else new
+        if longer is None and before is not None:
+            yield from before.told()
+        growing[number] = longer or new
+    for one in growing.values():
+        yield from one.told()
+
+
 def _why_absent(told: Mapping[str, Any], closed: float | None) -> str:
     index, before, after = told["frame"], told["before"], told["after"]
     expected, came = told["expected"], told["came"]
@@ -395,8 +507,14 @@ def account_line(account: Mapping[str, Any]) -> str:
 
     opened = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(account["opened"])) if account["opened"] else "-"
     whose = f"{account['series'] or 'no run'} ({(account['run'] or '-')[:8]})"
+    # Accounts of a daemon of an older version have neither.
+    within = (
+        [f"{sum(account['unrefined'].values())} without refinement: {_listed(account['unrefined'])}"] if account.get("unrefined") else []
+    )
+    within += [f"{account['caught_up']} by catching up"] if account.get("caught_up") else []
+    of_these = f" (of these {'; '.join(within)})" if within else ""
     return (
-        f"{opened} {whose}: {account['received']} received = {account['published']} published"
+        f"{opened} {whose}: {account['received']} received = {account['published']} published{of_these}"
         f" + {by_reason(account['dropped'])} dropped + {by_reason(account['quarantined'])} quarantined + {account['in_flight']} in flight;"
         f" {account['missing']} missing;{' interrupted;' if account['reason'] == 'interrupted' else ''}"
         f" {'balanced' if account['balanced'] else 'NOT BALANCED, residue ' + str(account['residue'])}"

@@ -528,18 +528,20 @@ def catchup(
     file: Annotated[str, typer.Argument(help="The run's raw frames: CXI, HDF5 (FILE::/path/in/file), .npy, a folder of TIFFs.")],
     config: Annotated[Path, typer.Option("--config", "-c", help="Configuration of the daemon that wrote the run.")],
 ) -> None:
-    """Refine what a run left out while it was behind: exactly those frames, from their file, into the archive.
+    """Refine what a run left out while it was behind, or its disk was full: exactly those frames, from their file, into the archive.
 
-    Frame i of the run is frame i of FILE, or the one that its row names where a file was replayed. The masks that the archive has must be
-    those of FILE's frames; otherwise nothing is written and the exit code is 2. Stopped, it goes on where it was.
+    The archive keeps masks, objects and numbers but no raw frames, so these come from FILE; all cores work (compute.workers). Frame i of
+    the run is frame i of FILE, or the one that its row names where a file was replayed. The masks that the archive has must be those of
+    FILE's frames; otherwise nothing more is written and the exit code is 2. Stopped, it goes on where it was. The ledger in the state
+    folder is told: `streamprior ledger --frame N` then knows what had become of the frame, and when it was caught up with.
 
     Example: streamprior catchup archive/20260301-101500-1f0c2d3e scan.h5 --config beamline.yaml
     """
     with faults():
         from streamprior.catchup import CatchUp
-        from streamprior.config import load_config
+        from streamprior.config import load_config, state_folder
 
-        task = CatchUp(run, file, load_config(config))
+        task = CatchUp(run, file, load_config(config), state_folder() / "ledger")
         gap = task.gap
         out.print(f"{len(gap.unrefined)} frames have a mask and no object, {len(gap.absent)} are absent")
         done = 0
@@ -548,6 +550,7 @@ def catchup(
                 done += written
                 report("catching up", done, len(gap.indices))
     out.print(f"{done} frames computed and written; the run is complete")
+    out.print(task.tell_ledger(), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -632,7 +635,9 @@ def ledger(
     url: Annotated[str, typer.Option(help="Address of the daemon's HTTP port.")] = "http://127.0.0.1:9870",
     run: Annotated[str | None, typer.Option(help="Uid of a run or the beginning of it (default: all; with --frame the newest).")] = None,
     frame: Annotated[int | None, typer.Option(min=0, help="Index of a frame: what became of it, and why?")] = None,
-    left_out: Annotated[bool, typer.Option("--left-out", help="Ranges of frames that are not published, and why.")] = False,
+    left_out: Annotated[
+        bool, typer.Option("--left-out", help="Ranges of frames that are not published, or without refinement, and why.")
+    ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Read this state folder in place of asking a daemon: what processes left there, running or not.")
     ] = None,
@@ -687,6 +692,7 @@ def _read_in(folder: Path, run: str | None, frame: int | None, left_out: bool) -
 def _print_left_out(found: dict[str, Any]) -> None:
     for one in found["left_out"]:
         frames = f"{one['first']}" if one["first"] == one["last"] else f"{one['first']} to {one['last']}"
+        frames += f", {one['frames']} of every {one['period']}" if "period" in one else ""
         out.print(f"{frames}: {one['fate']}", markup=False, highlight=False, soft_wrap=True)
     if found["more"]:
         out.print(f"and {found['more']} more ranges; --frame answers for any one of them")

@@ -46,10 +46,12 @@ def think(
     frames: Sequence[Frame],
     timing: Timing = lambda stage, seconds: None,
     decoded: Sequence[float] = (),
+    skipped: str = "",
 ) -> list[Result]:
     """Run the composed stages over frames of one run: the very same call live, in replay, in the benchmark and in the tests.
 
     decoded : Unix seconds when each frame was, for its clock; none where they did not come by a wire.
+    skipped : why stages of the recipe are not among these; empty where all are.
 
     Raises
     ------
@@ -59,7 +61,7 @@ def think(
         The card that a stage computes on has failed.
     """
     done, at = time.time(), ""
-    batch = Batch(run, tuple(frames), clock=(("wait", done),))
+    batch = Batch(run, tuple(frames), clock=(("wait", done),), skipped=skipped)
     try:
         for stage in stages:
             at = stage.name
@@ -111,6 +113,7 @@ def results_of(batch: Batch, prior: Prior, decoded: Sequence[float] = ()) -> lis
             arm="none" if found is None else "flat" if units[i] == FLAT else "prototype",
             flags=frame.flags | flags[i] | found_flags[i],
             clock=(("decode", decoded[i]), *batch.clock) if decoded else batch.clock,
+            skipped=batch.skipped,
         )
         for i, frame in enumerate(batch.frames)
     ]
@@ -276,27 +279,29 @@ class _Worker:
         while jobs:
             run, refined = jobs[0].run, rung.refines(jobs[0].frame.index)
             alike = [job.run.uid == run.uid and rung.refines(job.frame.index) == refined for job in jobs]
-            self._think(run, [job for job, same in zip(jobs, alike, strict=True) if same], refined)
+            self._think(run, [job for job, same in zip(jobs, alike, strict=True) if same], "" if refined else rung.why)
             jobs = [job for job, same in zip(jobs, alike, strict=True) if not same]
         return True
 
-    def _think(self, run: RunStarted, jobs: Sequence[Job], refined: bool) -> None:
+    def _think(self, run: RunStarted, jobs: Sequence[Job], skipped: str) -> None:
         """All of the jobs, in parts that go through."""
         left = jobs
         while left:
             self._prepare()
-            results = self._attempt(run, left[: self._portion.frames], refined)
+            results = self._attempt(run, left[: self._portion.frames], skipped)
             done, left = left[: len(results)], left[len(results) :]
             self._crew._sequencer.put([(job.ticket, result) for job, result in zip(done, results, strict=True)])
 
-    def _attempt(self, run: RunStarted, jobs: Sequence[Job], refined: bool) -> Sequence[Result | None]:
+    def _attempt(self, run: RunStarted, jobs: Sequence[Job], skipped: str) -> Sequence[Result | None]:
         """Results of these jobs, None for one that cannot be had; nothing where they have to be tried again, otherwise."""
         crew = self._crew
         assert self._stages is not None
-        stages = self._stages if refined else [stage for stage in self._stages if stage.name not in REFINEMENT]
+        stages = [stage for stage in self._stages if not (skipped and stage.name in REFINEMENT)]
+        if len(stages) == len(self._stages):  # of a recipe that refines no frame nothing is left out
+            skipped = ""
         begun = time.perf_counter()
         try:
-            results = think(stages, crew._prior, run, [job.frame for job in jobs], crew._timing, decoded=[job.decoded for job in jobs])
+            results = think(stages, crew._prior, run, [job.frame for job in jobs], crew._timing, [job.decoded for job in jobs], skipped)
         except OutOfMemory as error:
             return [None] if self._give_up(error, run, jobs) else []
         except DeviceLost as error:

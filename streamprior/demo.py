@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from streamprior.ledger import account_line
 from streamprior.records import Result, RunStarted
 from streamprior.sinks.archive import read_about, read_run, run_folders
 from streamprior.sinks.embedded import EmbeddedTiled, embedded_tiled
+from streamprior.sinks.rows import read_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +163,41 @@ def _summary(settings: DemoSettings, running: daemon.Daemon, stopwatch: Stopwatc
         _print_latencies(stopwatch, archive, out)
     if running.mosaic is not None:
         _print_mosaic(archive, out)
+    if accounts:
+        _print_left_out(accounts[0], out)
+    if stopwatch.results:
+        _print_alarms(archive, out)
     published = accounts[0]["published"] if accounts else 0
     whole = running.ledger.is_balanced() and (published == settings.frames or not settings.headless)
     out.print(f"{published} of {settings.frames} published, ledger {'balanced' if running.ledger.is_balanced() else 'NOT balanced'}")
     return 0 if whole else 1
+
+
+def _print_left_out(account: Mapping[str, Any], out: Console) -> None:
+    """What the path did without, and why; where it was behind, a lower --rate shows all of it."""
+    unrefined, dropped = account["unrefined"], sum(account["dropped"].values())
+    if not unrefined and not dropped:
+        out.print("nothing was left out")
+        return
+    why = f" ({', '.join(f'{reason} {count}' for reason, count in unrefined.items())})" if unrefined else ""
+    out.print(f"{sum(unrefined.values())} frames have a mask alone{why}, {dropped} were left out altogether", highlight=False)
+    if "overload" in unrefined or "classify/overload" in account["dropped"]:
+        out.print("this machine was behind; a lower --rate leaves it time for all of them")
+
+
+def _print_alarms(archive: Path, out: Console) -> None:
+    """The drift alarms of the run: which signals, in how many frames, and whether they stood to its end."""
+    index, alarms = read_columns(run_folders(archive)[-1] / "frames", ("index", "alarms"))
+    standing = {name: [i for i, names in zip(index.tolist(), alarms, strict=True) if name in names.split(",")] for name in _named(alarms)}
+    for name, frames in standing.items():
+        until = "to the end" if frames[-1] == index[-1] else f"to frame {frames[-1]}"
+        out.print(f"drift alarm: {name}, in {len(frames)} frames, from frame {frames[0]} {until}", highlight=False)
+    if not standing:
+        out.print("no drift alarm")
+
+
+def _named(alarms: Iterable[str]) -> list[str]:
+    return sorted({name for names in alarms for name in names.split(",") if name})
 
 
 def _print_latencies(stopwatch: Stopwatch, archive: Path, out: Console) -> None:
@@ -174,20 +206,27 @@ def _print_latencies(stopwatch: Stopwatch, archive: Path, out: Console) -> None:
     rate = (len(results) - 1) / max(received[-1] - received[0], 1e-9) if len(results) > 1 else 0.0
     out.print(f"{rate:.1f} frames/s")
     table = Table("milliseconds", "p50", "p99", title="time a frame spends, by stage", title_justify="left")
-    stages = [name for name, _ in results[-1][1]]
-    before = np.array([exposed for exposed, _ in results])
-    for stage in stages:
-        done = np.array([dict(clock)[stage] for _, clock in results])
-        _add(table, {"receive": "wire: exposure to socket", "wait": "queue before the worker"}.get(stage, stage), done - before)
-        before = done
-    exposed = np.array([exposed for exposed, _ in results])
+    for stage, seconds in time_spent(results).items():
+        _add(table, {"receive": "wire: exposure to socket", "wait": "queue before the worker"}.get(stage, stage), seconds)
     table.add_section()
     for output, stage in (("mask", "classify"), ("reconstruction", "refine")):
-        if stage in stages:
-            _add(table, f"latency of the {output}", np.array([dict(clock)[stage] for _, clock in results]) - exposed)
+        latencies = [dict(clock)[stage] - exposed for exposed, clock in results if stage in dict(clock)]
+        if latencies:
+            _add(table, f"latency of the {output}", latencies)
     frames = read_run(run_folders(archive)[-1]).frames
     _add(table, "latency of the archive", frames["published"].to_numpy() - frames["detector_time"].to_numpy())
     out.print(table)
+
+
+def time_spent(results: Sequence[tuple[float, tuple[tuple[str, float], ...]]]) -> dict[str, list[float]]:
+    """(exposed, clock) of each frame -> stage -> seconds in it, of the frames that went through it: under overload some miss a few."""
+    spent: dict[str, list[float]] = {stage: [] for stage, _ in max((clock for _, clock in results), key=len)}
+    for exposed, clock in results:
+        before = exposed
+        for stage, done in clock:
+            spent[stage].append(done - before)
+            before = done
+    return spent
 
 
 def _print_mosaic(archive: Path, out: Console) -> None:

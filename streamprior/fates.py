@@ -98,8 +98,7 @@ class Fates:
         try:
             if lock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            head = np.frombuffer(os.pread(file, _HEAD_BYTES, 0).ljust(_HEAD_BYTES, b"\0"), "<i8")
-            self._on_disk = {int(number) for number in np.flatnonzero(head[SLOTS:])}
+            self._on_disk = _pieces_in(file)
             if os.fstat(file).st_size < _HEAD_BYTES + _PIECE_BYTES * (max(self._on_disk, default=-1) + 1):
                 raise ValueError(f"{path} is shorter than its head says: it was cut, or copied while it was written")
         except BlockingIOError:
@@ -216,6 +215,11 @@ class Fates:
             held = self._held.pop(number)
             piece.fate[:], piece.received[:], piece.decided[:] = held.fate, held.received, held.decided
 
+    def look_again(self) -> None:
+        """Another process may have written to the file of a run that is over: see the pieces that are new in it."""
+        with self._opened() as file:
+            self._on_disk = _pieces_in(file)
+
     def release(self) -> None:
         """The run is over: descriptor, lock and mapped pieces go. Reading goes on."""
         self._mapped.clear()
@@ -297,6 +301,12 @@ class Fates:
         self.failing = True
 
 
+def _pieces_in(file: int) -> set[int]:
+    """Numbers of the pieces that a file has, as its head says."""
+    head = np.frombuffer(os.pread(file, _HEAD_BYTES, 0).ljust(_HEAD_BYTES, b"\0"), "<i8")
+    return {int(number) for number in np.flatnonzero(head[SLOTS:])}
+
+
 def in_use(path: Path) -> bool:
     """Whether a process, this one too, holds the lock of a run's file."""
     try:
@@ -328,3 +338,12 @@ def write_head(path: Path, head: dict[str, Any]) -> bool:
         log.warning("the head of a run's ledger cannot be written", file=str(path), error=str(error))
         return False
     return True
+
+
+def head_stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes whenever the JSON beside a run's file is replaced; None where it is not there."""
+    try:
+        found = path.with_suffix(".json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import structlog
@@ -25,13 +25,14 @@ class Rung:
     """What is done while the ladder stands here. Frames are chosen by index, so that two runs over the same frames choose alike.
 
     level : of `LEVELS`. refine_every : every n-th frame is refined, 0 for none. classify_every : every n-th frame is classified.
-    drop : what does not fit into the receive queue is dropped.
+    drop : what does not fit into the receive queue is dropped. why : reason, in the ledger's words, for which frames are not refined here.
     """
 
     level: int
     refine_every: int = 1
     classify_every: int = 1
     drop: bool = False
+    why: Literal["overload", "disk_short"] = field(default="overload", compare=False)
 
     def refines(self, index: int) -> bool:
         return self.refine_every > 0 and index % self.refine_every == 0
@@ -109,7 +110,7 @@ class Ladder:
                     self._move(-1, now, "the load has fallen")
 
     def hold(self, cause: str, on: bool) -> None:
-        """While `cause` stands, no frame is refined, whatever the load."""
+        """While `cause` stands, no frame is refined, whatever the load; `cause` is the disk's, in words for the log."""
         with self._moving:
             if on == (cause in self._held):
                 return
@@ -124,9 +125,9 @@ class Ladder:
     def _settle(self, why: str) -> None:
         at = max(self._at, self._unrefined if self._held else 0)
         rung, before = self._rungs[at], self.rung
+        self.rung = replace(rung, why="disk_short") if at > self._at else rung
         if rung == before:
             return
-        self.rung = rung
         say = log.warning if at > self._rungs.index(before) else log.info
         say(
             "degradation level changed",
@@ -136,7 +137,7 @@ class Ladder:
             classify_every=rung.classify_every,
             why=why,
         )
-        self._changed(rung)
+        self._changed(self.rung)
 
 
 _STEP_S, _FALL = 0.2, 0.05

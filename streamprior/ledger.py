@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from streamprior.account import PUBLISHED, Fate, RunAccount, account_line, stretches
+from streamprior.account import Fate, RunAccount, account_line, folded, stretches
 from streamprior.fates import SPAN, Fates, InUse, forget, in_use
 from streamprior.records import Detector, RunEnded, RunStarted
 
-__all__ = ["KEPT_BYTES", "KEPT_RUNS", "Ledger", "account_line", "answer", "read_ledger"]
+__all__ = ["KEPT_BYTES", "KEPT_RUNS", "Ledger", "account_line", "answer", "catch_up", "frames_up_to", "read_ledger"]
 
 log = structlog.get_logger(__name__)
 
@@ -131,11 +131,11 @@ class Ledger:
         with self._lock:
             self._run(uid).settle(index, Fate("quarantined", "", reason), time.time())
 
-    def published(self, uid: str, sink: str, indices: Iterable[int]) -> None:
-        """`sink` has these frames safe."""
+    def published(self, uid: str, sink: str, indices: Iterable[int], unrefined: Mapping[int, str] = {}) -> None:
+        """`sink` has these frames safe. unrefined : index -> why, of those with a mask alone."""
         safe = np.fromiter(indices, np.int64)
         with self._lock:
-            last = self._run(uid).take(sink, safe, self._complete, time.time()) if len(safe) else None
+            last = self._run(uid).take(sink, safe, self._complete, time.time(), unrefined) if len(safe) else None
             if last is not None:
                 self._published = uid, last
 
@@ -191,13 +191,13 @@ class Ledger:
     def runs(self) -> list[dict[str, Any]]:
         """All accounts of this process, newest run first; messages that belonged to no run come last, if there were any."""
         with self._lock:
-            accounts = [run.sums() for run in reversed(self._runs.values())]
+            accounts = [self._fresh(self._runs, uid).sums() for uid in reversed(self._runs)]
             return accounts + ([self._stray.sums()] if self._stray.received else [])
 
     def earlier(self) -> list[dict[str, Any]]:
         """All accounts that earlier processes left, newest run first."""
         with self._lock:
-            return [run.sums() for run in reversed(self._earlier.values())]
+            return [self._fresh(self._earlier, uid).sums() for uid in reversed(self._earlier)]
 
     def frame(self, uid: str, index: int) -> str:
         """The fate of one frame in words. KeyError for an unknown run."""
@@ -210,23 +210,27 @@ class Ledger:
             return self._kept(uid).story(index)
 
     def left_out(self, uid: str, most: int = _MOST_RANGES) -> dict[str, Any]:
-        """Ranges of frames that are not published, JSON-able: `left_out`, a list of (fate, first, last); `more`, ranges beyond `most`.
+        """Ranges of frames that are not published, or without refinement, JSON-able: `left_out`, a list of (fate, first, last), and
+        where it is a part of these that repeats: `frames` of each `period`, from `first` on; `more`, ranges beyond `most`.
 
         Frames that never came are among them, up to the number that the run expected. KeyError for an unknown run.
         """
         ranges: list[dict[str, Any]] = []
         more = 0
         with self._lock:
-            self._kept(uid)
-        for first, last, number in stretches(self._pieces(uid)):
-            if number == PUBLISHED:
+            names = self._kept(uid).names()
+        for one in folded(stretches(self._pieces(uid))):
+            if one.number >= len(names):  # new since
+                with self._lock:
+                    names = self._kept(uid).names()
+            if names[one.number].is_whole:
                 continue
             if len(ranges) == most:
                 more += 1
                 continue
-            with self._lock:
-                ranges.append({"fate": self._kept(uid).names()[number], "first": first, "last": last})
-        return {"run": uid, "left_out": ranges, "more": more}
+            repeats = {"frames": one.length, "period": one.period} if one.count > 1 else {}
+            ranges.append({"fate": names[one.number].words, "first": one.first, "last": one.last} | repeats)
+        return {"run": uid, "left_out": sorted(ranges, key=lambda one: int(one["first"])), "more": more}
 
     def in_flight(self) -> int:
         with self._lock:
@@ -263,7 +267,8 @@ class Ledger:
 
     def _resume(self, uid: str) -> bool:
         """Whether the run of an earlier process can go on."""
-        earlier = self._earlier.pop(uid)
+        earlier = self._fresh(self._earlier, uid)
+        del self._earlier[uid]
         try:
             earlier.reopen(Fates(earlier.fates.path, "again"), self._again)
         except (InUse, OSError, ValueError) as error:
@@ -276,10 +281,23 @@ class Ledger:
         return [*self._runs.values(), self._stray]
 
     def _run(self, uid: str | None) -> RunAccount:
-        return self._runs.get(uid, self._stray) if uid is not None else self._stray
+        run = self._runs.get(uid, self._stray) if uid is not None else self._stray
+        return run if run.closed is None or uid is None else self._fresh(self._runs, uid)
 
     def _kept(self, uid: str) -> RunAccount:
-        return self._runs[uid] if uid in self._runs else self._earlier[uid]
+        return self._fresh(self._runs if uid in self._runs else self._earlier, uid)
+
+    def _fresh(self, runs: OrderedDict[str, RunAccount], uid: str) -> RunAccount:
+        """The account of a run, read again where another process has caught up with it. KeyError for an unknown run."""
+        run = runs[uid]
+        if run.is_stale():
+            assert run.fates.path is not None
+            try:
+                run.fates.look_again()
+                runs[uid] = RunAccount.read(json.loads(run.fates.path.with_suffix(".json").read_text()), run.fates)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("what was written about a run cannot be read", run=uid, error=repr(error))
+        return runs[uid]
 
     def _pieces(self, uid: str) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         """(first index, fates) of all frames up to the last that came or was expected; the path goes on between two pieces."""
@@ -328,6 +346,37 @@ def read_ledger(folder: Path) -> Ledger:
     ledger = Ledger(())
     ledger._earlier.update(_read(folder, "look"))
     return ledger
+
+
+def catch_up(folder: Path, uid: str, indices: npt.NDArray[np.int64]) -> int:
+    """The archive now has these frames (N,) of a run whole: tell the ledger that processes have left in `folder`.
+
+    Returns how many of them it did not know to be. A daemon that is running sees it.
+
+    Raises
+    ------
+    KeyError : it keeps no such run.
+    InUse : a process has the run's file open; or was killed, and none has closed the run since.
+    OSError, ValueError, TypeError : what lies there cannot be read, or not be written.
+    """
+    path = folder / f"{quote(uid, safe='')}.fates"
+    try:
+        head, fates = json.loads(path.with_suffix(".json").read_text()), Fates(path, "again")
+    except FileNotFoundError:
+        raise KeyError(uid) from None
+    if head["closed"] is None:
+        fates.release()
+        raise InUse(str(path))
+    return RunAccount.read(head, fates).catch_up(indices, time.time())
+
+
+def frames_up_to(folder: Path, uid: str) -> int:
+    """The highest index that came in of a run that ended, plus one; 0 where no ledger in `folder` says."""
+    try:
+        head = json.loads((folder / f"{quote(uid, safe='')}.json").read_text())
+        return int(head["sums"]["extent"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _read(folder: Path | None, mode: Literal["again", "look"]) -> Iterator[tuple[str, RunAccount]]:

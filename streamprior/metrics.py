@@ -30,6 +30,9 @@ DROP_REASONS = (
     ("path", "shutdown"),
 )
 
+UNREFINED_REASONS = ("overload", "disk_short", "empty", "no_support")
+"""Why a frame may be published with its mask alone."""
+
 ARMS = ("prototype", "flat", "none")
 """Starts that a result may have come from; none: it was not refined."""
 
@@ -54,6 +57,8 @@ class Meters:
         self._dropped = Counter("frames_dropped_total", "Frames left out on purpose or for want of room.", ["stage", "reason"], **ns)
         for stage, reason in DROP_REASONS:
             self._dropped.labels(stage, reason)
+        unrefined = Counter("frames_unrefined_total", "Frames published without refinement although the recipe has it.", ["reason"], **ns)
+        self._unrefined = {reason: unrefined.labels(reason) for reason in UNREFINED_REASONS}
         self._quarantined = Counter("frames_quarantined_total", "Messages the sender got wrong.", ["reason"], **ns)
         for reason in WireError.REASONS:
             self._quarantined.labels(reason)
@@ -104,6 +109,11 @@ class Meters:
 
     def dropped(self, stage: str, reason: str, count: int = 1) -> None:
         self._dropped.labels(stage, reason).inc(count)
+
+    def unrefined(self, reasons: Iterable[str]) -> None:
+        """Frames that were published without refinement, a reason each."""
+        for reason in reasons:
+            self._unrefined[reason].inc()
 
     def quarantined(self, reason: str) -> None:
         self._quarantined.labels(reason).inc()

@@ -319,7 +319,7 @@ class MosaicImage:
 class Batch:
     """Frames of one run on their way through the stages; each stage returns a copy with its own part filled in.
 
-    clock holds (stage, Unix seconds when it was done) in order of execution.
+    clock holds (stage, Unix seconds when it was done) in order of execution. skipped : as in `Result`.
     """
 
     run: RunStarted
@@ -329,6 +329,7 @@ class Batch:
     start: Start | None = None
     reconstruction: Reconstruction | None = None
     clock: tuple[tuple[str, float], ...] = ()
+    skipped: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +341,7 @@ class Result:
     unit, arm : start that was kept, its prototype's number and its name (prototype, flat, none). distance : of the nearest prototype, kept
         or not.
     iou : class name -> IoU against the prior's reference mask. iou_previous : the same against the frame before.
+    skipped : why refinement was left out although the recipe has it (`overload`, `disk_short`); empty where it was not.
     drift : signal name -> value (flux, centre_row, centre_column, ...). score : signal name -> deviation from the prior's baseline
         in its standard deviations. alarms : signals whose alarm is on. All three are filled by the drift stage.
     """
@@ -368,6 +370,7 @@ class Result:
     drift: Mapping[str, float] = field(default_factory=dict)
     score: Mapping[str, float] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
+    skipped: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from streamprior import catchup
 from streamprior.cli import app
+from streamprior.config import state_folder
+from streamprior.fates import Fates, forget
 from streamprior.ladder import Ladder
+from streamprior.ledger import Ledger
 from streamprior.prior import save_prior
 from streamprior.records import Flag
 from streamprior.sinks.archive import Archive, ArchivedRun, read_run, run_folders
@@ -21,28 +26,35 @@ COUNT = 40
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(catchup, "_BATCH", 3)  # so that several workers have something to do
     save_prior(small_prior(), tmp_path / "prior.h5")
     np.save(tmp_path / "scan.npy", diffraction(count=COUNT))
-    (tmp_path / "daemon.yaml").write_text("prior: prior.h5\nrefine: {iterations: 5}\n")
+    (tmp_path / "daemon.yaml").write_text("prior: prior.h5\nrefine: {iterations: 5}\ncompute: {workers: 3}\n")
     return tmp_path
 
 
 def archived(place: Path, name: str, ladder: Ladder | None) -> Path:
     """Folder of a run that went through the path with this ladder."""
+    return watched(place, name, ladder)[0]
+
+
+def watched(place: Path, name: str, ladder: Ladder | None) -> tuple[Path, Ledger]:
+    """The same, and the ledger of the process that wrote it."""
     prior = small_prior()
     columns_of_drift = make_recipe(prior).drift_columns
     archive = Archive(
         place / name, prior, {"prior_hash": prior.content_hash}, lambda folder: None, drift_columns=columns_of_drift, chunk_frames=8
     )
-    House(series(diffraction(count=COUNT)), [archive], prior, ladder=ladder).run()  # type: ignore[list-item]
+    sinks: Any = [archive]
+    house = House(series(diffraction(count=COUNT)), sinks, prior, ladder=ladder, ledger=state_folder() / "ledger").run()
     (folder,) = run_folders(place / name)
-    return folder
+    return folder, house.ledger
 
 
 def behind(furthest: Any) -> Ladder:
-    """A ladder on its first rung that leaves out anything."""
-    ladder = Ladder(furthest, late_s=1.0, calm_s=2.0, refines=furthest != "masks")
+    """A ladder on its first rung that leaves out anything; its clock stands still, so it stays there however slow the machine is."""
+    ladder = Ladder(furthest, late_s=1.0, calm_s=2.0, refines=furthest != "masks", clock=lambda: 0.0)
     ladder.observe(5.0)
     return ladder
 
@@ -55,6 +67,40 @@ def columns(run: ArchivedRun) -> dict[str, list[Any]]:
 def call(*words: object) -> tuple[int, str]:
     done = CliRunner().invoke(app, [*map(str, words)])
     return done.exit_code, done.output + (done.stderr if done.stderr_bytes else "")
+
+
+@pytest.mark.parametrize("furthest", ["refinement", "masks"])
+def test_the_ledger_hears_what_was_caught_up_with_and_keeps_what_had_become_of_it(place: Path, furthest: str) -> None:
+    folder, ledger = watched(place, "behind", behind(furthest))
+    (before,) = ledger.runs()
+    assert before["published"] == (COUNT if furthest == "refinement" else COUNT // 2)
+    was = "published without refinement: overload" if furthest == "refinement" else "dropped at classify: overload"
+    assert ledger.frame(before["run"], 7) == was
+    code, said = call("catchup", folder, place / "scan.npy", "--config", place / "daemon.yaml")
+    number = COUNT // 2 if furthest == "refinement" else COUNT
+    assert (code, f"was told of {number} frames" in " ".join(said.split())) == (0, True)
+    (after,) = ledger.runs()  # of the process that wrote the run
+    assert (after["published"], after["caught_up"], after["received"]) == (COUNT, number, COUNT)
+    assert (after["unrefined"], after["dropped"], after["balanced"]) == ({}, {}, True)
+    assert ledger.frame(before["run"], 7) == f"published by catching up; it was: {was}"
+    assert ledger.left_out(before["run"])["left_out"] == []
+    assert f"of these {number} by catching up" in call("ledger", "--folder", state_folder(), "--run", before["run"])[1]
+
+
+def test_a_ledger_that_cannot_be_told_is_said_and_told_by_the_next_call(place: Path) -> None:
+    folder, ledger = watched(place, "behind", behind("refinement"))
+    (account,) = ledger.runs()
+    command = ("catchup", folder, place / "scan.npy", "--config", place / "daemon.yaml")
+    held = Fates(state_folder() / "ledger" / f"{account['run']}.fates", "again")
+    code, said = call(*command)
+    assert (code, "is not closed in the ledger" in " ".join(said.split())) == (0, True)
+    assert ledger.runs() == [account]
+    held.release()
+    code, said = call(*command)
+    assert (code, f"was told of {COUNT // 2} frames" in " ".join(said.split())) == (0, True)
+    forget(state_folder() / "ledger" / f"{account['run']}.fates")
+    code, said = call(*command)
+    assert (code, "keeps no run" in " ".join(said.split())) == (0, True)
 
 
 @pytest.mark.parametrize("furthest", ["refinement", "masks"])
@@ -106,3 +152,17 @@ def test_what_cannot_be_caught_up_with_is_said(place: Path) -> None:
         assert words in " ".join(said.split())
     code, said = call("catchup", place, place / "scan.npy", "--config", place / "daemon.yaml")
     assert (code, "is no archived run" in " ".join(said.split())) == (2, True)
+
+
+def test_however_many_frames_are_lacking_two_batches_a_worker_are_in_memory_and_they_come_in_order() -> None:
+    made, taken = [], 0
+
+    def batches() -> Iterator[Any]:
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    for taken, (batch, result) in enumerate(catchup._in_order(lambda number: 10 * number, batches(), workers=3)):  # type: ignore[arg-type, return-value]
+        assert (batch, result) == (taken, 10 * taken)
+        assert len(made) - taken <= 6
+    assert taken == 49

@@ -14,14 +14,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamprior import ledger as module
-from streamprior.fates import SPAN
-from streamprior.ledger import KEPT_RUNS, Ledger, answer, read_ledger
+from streamprior.account import account_line, folded, stretches
+from streamprior.fates import SPAN, InUse
+from streamprior.ledger import KEPT_RUNS, Ledger, answer, catch_up, read_ledger
 from streamprior.metrics import Meters
 from streamprior.records import Detector, RunEnded, RunStarted
 from tests.test_cli import streamprior
@@ -180,13 +182,47 @@ def test_a_leap_in_the_index_costs_one_piece_of_disk_and_a_long_run_a_few_mapped
     assert len(os.listdir("/proc/self/fd")) < descriptors
 
 
-def test_every_second_frame_of_a_run_is_an_answer_of_bounded_length(tmp_path: Path) -> None:
+def test_an_answer_is_of_bounded_length_whatever_was_left_out(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
-    for index in range(0, 100, 2):
+    came = [n * n for n in range(2, 52)]
+    for index in came:
         ledger.received("u", index)
-    ledger.published("u", "archive", range(0, 100, 2))
+    ledger.published("u", "archive", came)
     found = ledger.left_out("u", most=10)
-    assert (len(found["left_out"]), found["more"]) == (10, 39)
+    assert (len(found["left_out"]), found["more"]) == (10, 40)
+
+
+def test_what_was_left_out_at_equal_distances_is_told_as_one_and_two_single_frames_are_not() -> None:
+    ledger = opened(None)
+    for index in range(100):
+        ledger.received("u", index)
+    for index in (1, 3, 5, 7, 9, 50, 70):  # the ladder, and two that have nothing to do with each other
+        ledger.dropped("u", index, "classify", "overload")
+    alone = {index: "overload" for index in range(10, 50) if index % 8}
+    ledger.published("u", "archive", range(100), alone)
+    overload, mask = "dropped at classify: overload", "published without refinement: overload"
+    assert ledger.left_out("u")["left_out"] == [
+        {"fate": overload, "first": 1, "last": 9, "frames": 1, "period": 2},
+        {"fate": mask, "first": 10, "last": 15},
+        {"fate": mask, "first": 17, "last": 47, "frames": 7, "period": 8},
+        {"fate": mask, "first": 49, "last": 49},
+        {"fate": overload, "first": 50, "last": 50},
+        {"fate": overload, "first": 70, "last": 70},
+    ]
+
+
+@given(st.lists(st.sampled_from([0, 0, 1, 2, 3]), max_size=200), st.integers(1, 70))
+def test_folded_stretches_are_the_same_frames(codes: list[int], piece: int) -> None:
+    """Every frame is in one of them, and in no other."""
+    found = dict[int, int]()
+    pieces = ((first, np.array(codes[first : first + piece], np.uint8)) for first in range(0, len(codes), piece))
+    for one in folded(stretches(pieces)):
+        for n in range(one.count):
+            for index in range(one.first + n * one.period, one.first + n * one.period + one.length):
+                assert index not in found
+                assert index <= one.last
+                found[index] = one.number
+    assert [found[index] for index in range(len(codes))] == codes
 
 
 def test_a_range_that_crosses_two_pieces_is_one(tmp_path: Path) -> None:
@@ -399,9 +435,74 @@ def test_the_command_reads_a_folder_without_a_daemon(tmp_path: Path) -> None:
     assert (said.exit_code, "no run v in" in said.output) == (2, True)
 
 
+def test_frames_published_with_a_mask_alone_are_told_apart_and_with_their_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    ledger = opened(folder)
+    for index in range(6):
+        ledger.received("u", index, 1001.0)
+    ledger.published("u", "archive", range(6), {1: "overload", 2: "overload", 4: "disk_short", 5: "empty"})
+    account = ledger.close_run(RunEnded("u", "end", 1100.0))
+    assert (account["published"], account["balanced"]) == (6, True)
+    assert account["unrefined"] == {"disk_short": 1, "empty": 1, "overload": 2}
+    assert "6 received = 6 published (of these 4 without refinement: disk_short 1, empty 1, overload 2) + 0 dropped" in account_line(
+        account
+    )
+    again = recalled(folder)
+    assert again.balance("u") == account
+    assert again.frame("u", 1) == "published without refinement: overload"
+    assert re.search(r"its mask safe .* later: the path was behind.*streamprior catchup", again.why("u", 1)["why"])
+    said = streamprior("ledger", "--folder", tmp_path, "--left-out")
+    assert said.output.splitlines() == [
+        "1 to 2: published without refinement: overload",
+        "4: published without refinement: disk_short",
+        "5: published without refinement: empty",
+    ]
+
+
+def test_what_was_caught_up_with_is_published_and_its_fate_before_is_kept(tmp_path: Path) -> None:
+    ledger = opened(tmp_path, expected=7)
+    for index in range(6):
+        ledger.received("u", index, 1001.0)
+    ledger.published("u", "archive", range(4), {1: "overload", 2: "empty"})
+    ledger.dropped("u", 4, "archive", "disk_full")
+    ledger.quarantined("u", 5, "wrong_shape")
+    with pytest.raises(InUse):
+        catch_up(tmp_path, "u", np.arange(7))
+    ledger.close_run(RunEnded("u", "end", 1100.0))
+    with pytest.raises(KeyError):
+        catch_up(tmp_path, "nobody", np.arange(7))
+    assert catch_up(tmp_path, "u", np.arange(7)) == 4
+    account = ledger.balance("u")
+    assert (account["received"], account["published"], account["missing"], account["balanced"]) == (7, 7, 0, True)
+    assert (account["caught_up"], account["unrefined"], account["dropped"]) == (4, {"empty": 1}, {})
+    assert [ledger.frame("u", index) for index in (0, 2)] == ["published", "published without refinement: empty"]
+    was = ["published without refinement: overload", "dropped at archive: disk_full", "quarantined: wrong_shape", "never received"]
+    assert [ledger.frame("u", index) for index in (1, 4, 5, 6)] == [f"published by catching up; it was: {fate}" for fate in was]
+    assert "`streamprior catchup` computed it from the file" in ledger.why("u", 4)["why"]
+    assert ledger.runs() == [account] == recalled(tmp_path).earlier()
+    ledger.turned_away("u", "decode", "late")  # a fate that the run did not know, after one that another process gave it
+    assert ledger.balance("u")["dropped"] == {"decode/late": 1}
+    assert ledger.frame("u", 4) == "published by catching up; it was: dropped at archive: disk_full"
+    assert ledger.is_balanced()
+
+
 INDICES = st.sampled_from([0, 1, 2, 3, 4, 7, SPAN - 1, SPAN, 3 * SPAN + 5])
 EVENTS = st.sampled_from(
-    ["frame"] * 4 + ["unread", "archive", "mirror", "page", "drop", "quarantine", "unread_out", "duplicate_out", "turned_away", "write_off"]
+    ["frame"] * 4
+    + [
+        "unread",
+        "archive",
+        "mirror",
+        "archive_alone",
+        "mirror_alone",
+        "page",
+        "drop",
+        "quarantine",
+        "unread_out",
+        "duplicate_out",
+        "turned_away",
+        "write_off",
+    ]
 )
 
 
@@ -448,13 +549,15 @@ def tell(ledger: Ledger, naive: Naive, event: str, index: int) -> None:
         for one in lost:
             naive.frames[one] = "dropped at path: shutdown"
         naive.others["dropped at path: shutdown"] += naive.others.pop("in flight", 0)
-    elif event in ("archive", "mirror", "page"):  # a block of two, as sinks take them; again and again, as they may
-        ledger.published("u", event, [index, index + 1])
+    elif event in ("archive", "mirror", "page", "archive_alone", "mirror_alone"):
+        # A block of two, as sinks take them; again and again, as they may; the second frame perhaps with a mask alone.
+        sink, _, alone = event.partition("_")
+        ledger.published("u", sink, [index, index + 1], {index + 1: "overload"} if alone else {})
         for one in (index, index + 1):
-            if naive.frames.get(one) == "in flight" and event != "page":
-                naive.have.setdefault(one, set()).add(event)
+            if naive.frames.get(one) == "in flight" and sink != "page":
+                naive.have.setdefault(one, set()).add(sink)
                 if naive.have[one] == {"archive", "mirror"}:
-                    naive.frames[one] = "published"
+                    naive.frames[one] = "published without refinement: overload" if alone and one > index else "published"
     elif event == "drop":
         ledger.dropped("u", index, "archive", "unavailable")
         naive.settle(index, "dropped at archive: unavailable")
@@ -467,7 +570,9 @@ def check(account: dict[str, Any], naive: Naive) -> None:
     """The account's numbers are the naive ones, and their sum balances."""
     fates = naive.fates()
     assert account["received"] == sum(fates.values())
-    assert account["published"] == fates["published"]
+    assert account["published"] == sum(n for words, n in fates.items() if words.startswith("published"))
+    assert sum(account["unrefined"].values()) == fates["published without refinement: overload"]
+    assert account["caught_up"] == sum(n for words, n in fates.items() if words.startswith("published by"))
     assert account["in_flight"] == fates["in flight"]
     assert account["quarantined"] == {words.removeprefix("quarantined: "): n for words, n in fates.items() if words[0] == "q" and n}
     dropped = {words.removeprefix("dropped at ").replace(": ", "/"): n for words, n in fates.items() if words[0] == "d" and n}
@@ -496,6 +601,19 @@ def test_after_any_history_the_sum_balances_and_disk_says_what_memory_said(histo
         assert again.left_out("u") == ledger.left_out("u")
         assert [again.why("u", index) for index in (0, 3, 6, SPAN)] == [ledger.why("u", index) for index in (0, 3, 6, SPAN)]
         assert answer(read_ledger(folder), None, 7, False) == answer(ledger, None, 7, False)
+
+        # Both the process that wrote the run and those that read it hear of what another one makes up for.
+        caught = Naive()
+        caught.frames, caught.others = {**naive.frames}, naive.others.copy()
+        for index in (0, 3, 4, SPAN):
+            was = caught.frames.get(index, "never received")
+            caught.frames[index] = was if was == "published" else f"published by catching up; it was: {was}"
+        number = sum(caught.frames[index] != "published" for index in (0, 3, 4, SPAN))
+        assert [catch_up(folder, "u", np.array([0, 3, 4, SPAN])) for _ in range(2)] == [number, 0]
+        for one in (ledger, again, recalled(folder), read_ledger(folder)):
+            check(one.balance("u"), caught)
+            assert [one.frame("u", index) for index in (0, 3, 4, SPAN)] == [caught.frames[index] for index in (0, 3, 4, SPAN)]
+        assert ledger.left_out("u") == read_ledger(folder).left_out("u")
 
         (killed,) = Ledger(["archive"], Path(scratch) / "killed").recall()
         for index, fate in naive.frames.items():

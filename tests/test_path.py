@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import threading
 import time
 from collections import deque
@@ -98,10 +99,11 @@ class House:
         ladder: Ladder | None = None,
         stages: StageFactory | None = None,
         spare: StageFactory | None = None,
+        ledger: Path | None = None,
     ) -> None:
         self.prior = prior or small_prior()
         self.recipe = make_recipe(self.prior)
-        self.ledger = Ledger(sink.name for sink in sinks if sink.complete)
+        self.ledger = Ledger((sink.name for sink in sinks if sink.complete), ledger)
         self.meters = Meters("eiger", self.recipe.stage_names, [sink.name for sink in sinks], NAMES, self.recipe.signals)
         self.quarantined: list[str] = []
         self.crew = ThreadCrew(
@@ -149,7 +151,7 @@ def test_every_frame_of_a_series_is_published_in_order_and_the_ledger_balances()
 
 
 def test_a_path_that_is_behind_leaves_out_refinement_by_index_and_every_frame_has_its_mask() -> None:
-    archive, ladder = Kept(), Ladder("refinement", late_s=1.0, calm_s=2.0)
+    archive, ladder = Kept(), Ladder("refinement", late_s=1.0, calm_s=2.0, clock=lambda: 0.0)
     ladder.observe(5.0)
     house = House(series(diffraction(count=40)), [archive], ladder=ladder).run()
     refined = [result.index for result in archive.results if not result.flags & Flag.NOT_REFINED]
@@ -157,7 +159,27 @@ def test_a_path_that_is_behind_leaves_out_refinement_by_index_and_every_frame_ha
     assert all(np.isfinite(result.object).all() for result in archive.results if result.index in refined)
     assert [result.index for result in archive.results] == list(range(40))
     assert not any((result.classes == NOT_MEASURED).all() for result in archive.results)
-    assert house.ledger.is_balanced()
+    (account,) = house.ledger.runs()
+    assert (account["published"], account["unrefined"], account["balanced"]) == (40, {"overload": 20}, True)
+    assert house.ledger.frame(account["run"], 7) == "published without refinement: overload"
+    assert 'streamprior_frames_unrefined_total{reason="overload"} 20.0' in house.meters.render("")[0].decode()
+
+
+def test_on_a_nearly_full_disk_frames_without_refinement_have_another_reason() -> None:
+    archive, ladder = Kept(), Ladder("masks", late_s=math.inf, calm_s=2.0)
+    ladder.hold("a nearly full disk", True)
+    house = House(series(diffraction(count=8)), [archive], ladder=ladder).run()
+    (account,) = house.ledger.runs()
+    assert account["unrefined"] == {"disk_short": 8}
+
+
+def test_a_frame_without_light_is_published_and_said_not_to_be_refined() -> None:
+    frames = diffraction(count=4)
+    frames[2] = 0
+    house = House(series(frames), [Kept()]).run()
+    (account,) = house.ledger.runs()
+    assert account["unrefined"] == {"empty": 1}
+    assert "no photon" in house.ledger.why(account["run"], 2)["why"]
 
 
 def test_what_the_ladder_leaves_out_altogether_is_dropped_by_name() -> None:

@@ -23,11 +23,12 @@ from streamprior.metrics import Meters
 from streamprior.outbox import Outbox
 from streamprior.preflight import Finding, inspect
 from streamprior.prior import save_prior
-from streamprior.records import RunEnded
+from streamprior.records import Flag, RunEnded
 from streamprior.sinks.archive import Archive, frame_bytes, read_run, run_folders, run_key
 from streamprior.sinks.space import SpaceWatch
 from tests.builders import diffraction, small_prior
 from tests.test_archive import DRIFT, PROVENANCE, ignore, make_archive, make_prior, make_result, make_run
+from tests.test_cli import streamprior
 from tests.test_daemon import daemon
 from tests.test_path import series
 
@@ -468,7 +469,18 @@ def test_a_daemon_on_a_disk_that_fills_says_so_goes_on_and_archives_again_when_t
         assert (later["published"], later["balanced"]) == (30, True)
         assert first["balanced"]
         assert first["dropped"]["archive/disk_full"] + first["published"] == 400
+        whole, after = (read_run(folder) for folder in run_folders(disk / "archive"))
+        assert len(whole.frames) == first["published"]
+        assert len(after.frames) == 30
+        # What there was no room for is computed from the file, beside the daemon, which hears of it.
+        np.save(tmp_path / "scan.npy", diffraction(count=400))
+        done = streamprior("catchup", run_folders(disk / "archive")[0], tmp_path / "scan.npy", "--config", tmp_path / "daemon.yaml")
+        assert (done.exit_code, "the run is complete" in done.output) == (0, True), done.output
+        later, first = running.get("/ledger")["runs"]
+        assert (first["published"], first["caught_up"], first["dropped"], first["balanced"]) == (400, 400, {}, True)
         assert running.leave()[0] == 0
-    whole, after = (read_run(folder) for folder in run_folders(disk / "archive"))
-    assert len(whole.frames) == first["published"]
-    assert len(after.frames) == 30
+    complete = read_run(run_folders(disk / "archive")[0])
+    assert complete.frames["index"].to_pylist() == list(range(400))
+    assert not any(flags & Flag.NOT_REFINED for flags in complete.frames["flags"].to_pylist())
+    assert np.isfinite(complete.objects).all()
+    np.testing.assert_array_equal(complete.classes[whole.frames["index"]], whole.classes[whole.frames["index"]])

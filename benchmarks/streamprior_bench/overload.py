@@ -14,11 +14,12 @@ from pyarrow import Table
 
 from streamprior import daemon
 from streamprior.catchup import CatchUp
-from streamprior.config import Config
+from streamprior.config import Config, state_folder
 from streamprior.ladder import Rung
+from streamprior.ledger import read_ledger
 from streamprior.prior import save_prior
 from streamprior.records import Flag
-from streamprior.sinks.archive import run_folders
+from streamprior.sinks.archive import read_about, run_folders
 from streamprior_bench.path import SIZE, Stopwatch, make_path_config, path_prior, rate_through, through
 from streamprior_bench.send_frames import repeated_frames
 
@@ -88,16 +89,21 @@ def _caught_up(place: Path, config: Config, rate_hz: float, sustained: float) ->
     rows, _, _ = _sent(config, rate_hz, CAUGHT_S, sustained, 0.0)
     count = round(rate_hz * CAUGHT_S)
     np.save(place / "scan.npy", np.stack(repeated_frames(SIZE, count)))
+    folder, ledger = run_folders(config.archive.folder)[-1], state_folder() / "ledger"
     begun = time.perf_counter()
-    task = CatchUp(run_folders(config.archive.folder)[-1], place / "scan.npy", config)
+    task = CatchUp(folder, place / "scan.npy", config, ledger)
     written = sum(task.work())
-    left = CatchUp(run_folders(config.archive.folder)[-1], place / "scan.npy", config).gap.indices
+    took_s = time.perf_counter() - begun
+    task.tell_ledger()
+    left = len(CatchUp(folder, place / "scan.npy", config, ledger).gap.indices)
+    account = read_ledger(ledger).balance(read_about(folder)["uid"])
+    told = account["balanced"] and account["published"] == count and not account["unrefined"]
     return {
         "what": "catch-up",
         "sent": count,
         "masks": len(rows),
         "written": written,
-        "catch_up_frames_per_s": written / (time.perf_counter() - begun),
-        "left": len(left),
-        "verdict": "kept" if written and not left else "MISSED",
+        "catch_up_frames_per_s": written / took_s,
+        "left": left,
+        "verdict": "kept" if written and not left and told else "MISSED",
     }

@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ from streamprior.prior import Prior
 from streamprior.records import NOT_MEASURED, Flag, MosaicImage, Positions, Result, RunEnded, RunStarted
 from streamprior.sinks.chunks import FrameArray, Layout, replace_whole
 from streamprior.sinks.mosaic_file import MOSAIC_FILE, summary, write_mosaic
-from streamprior.sinks.rows import FrameTable, read_indices, read_table
+from streamprior.sinks.rows import FrameTable, read_columns, read_indices, read_table
 from streamprior.sinks.space import SpaceWatch
 
 log = structlog.get_logger(__name__)
@@ -363,10 +363,13 @@ class Reopened:
         self._run = _Run(folder, arrays, FrameTable(folder / "frames", about["class_names"], drift_columns), about)
         self._classes = zarr.open_array(folder / "classes", mode="r")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The frames table, a mapping a row."""
-        rows: list[dict[str, Any]] = read_table(self._run.folder / "frames").to_pylist()
-        return rows
+    def columns(self, *names: str) -> list[npt.NDArray[Any]]:
+        """Columns of the frames table as it lies on disk, (N,) each, by frame index."""
+        return read_columns(self._run.folder / "frames", names)
+
+    def rows(self, indices: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Index -> row of the frames table, for those of these frames that have one."""
+        return self._run.frames.read(indices)
 
     def classes(self, index: int) -> npt.NDArray[np.uint8]:
         """The map that the run has of a frame, (H, W)."""

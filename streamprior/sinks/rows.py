@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,15 @@ class FrameTable:
             self._replace(number, part)
             self._counts[number] = int(np.count_nonzero(part.present))
 
+    def read(self, indices: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Index -> row, a value a column, of those of these frames that have one."""
+        found = {}
+        for index in indices:
+            part = self._part(index // PART_ROWS) if index // PART_ROWS in self._counts else None
+            if part is not None and part.present[index % PART_ROWS]:
+                found[index] = {name: column[index % PART_ROWS] for name, column in part.columns.items()}
+        return found
+
     def forget(self) -> None:
         """Rows that a failed write put into memory are not written any more: the disk alone counts."""
         self._parts.clear()
@@ -257,7 +266,12 @@ def read_newest(folder: Path, count: int) -> list[dict[str, Any]]:
     return rows[-count:]
 
 
+def read_columns(folder: Path, names: Sequence[str]) -> list[npt.NDArray[Any]]:
+    """Columns of a frames table, (N,) each in the order of their frames' indices; nothing else of a long run is read."""
+    parts = [pq.read_table(path, columns=[*names]) for path in part_paths(folder)]
+    return [np.concatenate([part[name].to_numpy() for part in parts]) if parts else np.empty(0, np.int64) for name in names]
+
+
 def read_indices(folder: Path) -> npt.NDArray[np.int64]:
-    """(N,) indices of the frames in a frames table, as its parts have them; nothing else of a long run is read."""
-    parts = [pq.read_table(path, columns=["index"])["index"].to_numpy() for path in part_paths(folder)]
-    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+    """(N,) indices of the frames in a frames table."""
+    return read_columns(folder, ["index"])[0].astype(np.int64)
