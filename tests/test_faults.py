@@ -7,6 +7,7 @@ instead of the wire is elsewhere: disks in test_space.py, Tiled in test_outage.p
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,10 +22,12 @@ import zmq
 from prometheus_client.parser import text_string_to_metric_families
 from streamprior_sim.documents import documents, zmq_publisher
 from streamprior_sim.emit import Message, Sender, stream, zmq_sender
-from streamprior_sim.faults import Cell, Fault, Trouble, table
+from streamprior_sim.faults import KINDS, Cell, Fault, Trouble, table
 from streamprior_sim.twin import Prerendered, Recording
 from streamprior_sim.wires import Wire
 
+from streamprior.errors import WireError
+from streamprior.metrics import DROP_REASONS
 from streamprior.prior import save_prior
 from streamprior.records import Flag
 from streamprior.sinks.archive import read_about, run_folders
@@ -37,6 +40,7 @@ from tests.test_foreign_producers import until
 from tests.test_path import DATE
 from tests.test_wire_table import FIRST, FRAMES, SECOND, SHAPE
 
+ROOT = Path(__file__).parents[1]
 LIMIT_MB = 1
 WIRES = {"v2": Wire(), "v1": Wire(kind="dectris-v1", framing="parts"), "documents": Wire(kind="documents", encoding="none")}
 CELLS = [(name, cell) for name, wire in WIRES.items() for cell in table(FRAMES) if cell.wire == wire and cell.fault is not None]
@@ -284,3 +288,24 @@ def test_positions_that_come_behind_the_wait_are_filled_in_and_the_next_run_is_w
             rows = runs[account["run"]]
             np.testing.assert_allclose(rows["position_x"].to_numpy(), np.arange(FRAMES) * 1e-6)
             assert not any(rows["flags"].to_numpy() & Flag.NO_POSITION)
+
+
+PAGE = (ROOT / "docs" / "faults.md").read_text()
+
+
+def test_the_page_on_faults_names_every_fault_of_the_twin_and_every_reason_of_the_ledger() -> None:
+    dropped = {f"{stage}/{reason}" for stage, reason in DROP_REASONS} | {"path/crash"}
+    named = set(re.findall(r"`([^`]+)`", PAGE))
+    assert not (set(KINDS) | set(WireError.REASONS) | dropped) - named
+    assert {one for one in named if re.fullmatch(r"[a-z]+/[a-z_]+", one)} == dropped
+
+
+def test_the_page_on_faults_quotes_the_log_and_the_alerts_as_they_are() -> None:
+    code = "\n".join(file.read_text() for file in (ROOT / "streamprior").rglob("*.py"))
+    quoted = re.findall(r'"([^"]{8,})"', re.sub(r"`[^`]*`", "", PAGE))
+    assert len(quoted) > 10
+    assert not [one for one in quoted if one not in code]
+    alerts = re.findall(r"\bStreamprior[A-Z]\w+", PAGE)
+    rules = (ROOT / "deploy" / "prometheus-rules.yaml").read_text()
+    assert alerts
+    assert not [one for one in alerts if f"alert: {one}\n" not in rules]
