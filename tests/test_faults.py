@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from streamprior.errors import WireError
 from streamprior.metrics import DROP_REASONS
 from streamprior.prior import save_prior
 from streamprior.records import Flag
-from streamprior.sinks.archive import read_about, run_folders
+from streamprior.sinks.archive import read_about
 from streamprior.sinks.rows import read_table
 from streamprior.wire.dectris_v2 import encode_image
 from tests.builders import small_prior
@@ -136,9 +136,10 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         yield one
 
 
-def archived(running: Running) -> dict[str, pa.Table]:
-    """uid -> the rows of a run in the archive. Its arrays are as long as its highest index says, more than memory may hold."""
-    return {read_about(folder)["uid"]: read_table(folder / "frames") for folder in run_folders(running.folder / "archive")}
+def archived(running: Running, accounts: Iterable[Mapping[str, Any]]) -> dict[str, pa.Table]:
+    """uid -> the rows of these runs in the archive. A run's arrays are as long as its highest index says, more than memory may hold."""
+    folders = [folder for one in accounts for folder in (running.folder / "archive").glob(f"*-{one['run'][:8]}")]
+    return {read_about(folder)["uid"]: read_table(folder / "frames") for folder in folders}
 
 
 def check_clean(account: Mapping[str, Any], rows: pa.Table) -> None:
@@ -157,7 +158,7 @@ def test_a_fault_on_the_wire_is_counted_by_its_reason_and_the_next_run_is_whole(
     shared.send(shared.series(SECOND))
     seen = shared.seen()
     *struck, clean = seen.accounts
-    runs = archived(shared.running)
+    runs = archived(shared.running, seen.accounts)
 
     check_clean(clean, runs[clean["run"]])
     assert all(one["balanced"] and one["residue"] == 0 for one in struck)
@@ -194,7 +195,7 @@ def test_a_second_receiver_on_the_stream_is_said_and_what_it_took_is_missing(ben
     assert (said["n"], said["series"]) == (2, struck["series"])
     assert (struck["received"], struck["published"], struck["missing"], struck["balanced"]) == (60, 60, 60, True)
     assert seen.counted["frames_missing_total"] == 60
-    check_clean(clean, archived(shared.running)[clean["run"]])
+    check_clean(clean, archived(shared.running, [clean])[clean["run"]])
 
 
 def test_a_leap_in_the_index_that_a_run_can_hold_costs_the_frames_between_and_no_memory(benches: Callable[[str], Bench]) -> None:
@@ -207,8 +208,8 @@ def test_a_leap_in_the_index_that_a_run_can_hold_costs_the_frames_between_and_no
     struck, clean = shared.seen().accounts
     assert (struck["received"], struck["published"], struck["balanced"]) == (FRAMES + 1, FRAMES + 1, True)
     assert shared.running.get(f"/ledger?run={struck['run']}&frame=9000000")["fate"] == "published"
-    assert archived(shared.running)[struck["run"]]["index"].to_pylist() == [*range(FRAMES), 9_000_000]
-    check_clean(clean, archived(shared.running)[clean["run"]])
+    assert archived(shared.running, [struck])[struck["run"]]["index"].to_pylist() == [*range(FRAMES), 9_000_000]
+    check_clean(clean, archived(shared.running, [clean])[clean["run"]])
     assert peak_mb(shared.running) - before < GROWTH_MB
 
 
@@ -241,7 +242,7 @@ def test_a_jump_of_the_hosts_clock_in_mid_run_costs_nothing(tmp_path: Path) -> N
             struck, clean = seen.accounts
             assert clean["opened"] - struck["opened"] == pytest.approx(3600 if ahead_s else -3600, abs=300)
             for account in seen.accounts:
-                check_clean(account, archived(one.running)[account["run"]])
+                check_clean(account, archived(one.running, [account])[account["run"]])
             assert not seen.told("degradation level changed")
         assert latencies(one.running)["count"] == 3 * 4 * FRAMES
         assert 0 <= latencies(one.running)["sum"] < 600
@@ -272,7 +273,7 @@ def test_positions_that_come_behind_the_wait_are_filled_in_and_the_next_run_is_w
         *frames, end = one.series(FIRST, unplaced)
         one.send(frames)
         until(lambda: [run["published"] for run in one.running.get("/ledger")["runs"]] == [FRAMES], "frames wait without a bound")
-        (before,) = archived(one.running).values()
+        (before,) = archived(one.running, [newest(one.running)]).values()
         assert all(before["flags"].to_numpy() & Flag.NO_POSITION), "the user sees which frames have none yet"
         for document in readings:
             scan.send(document)
@@ -282,7 +283,7 @@ def test_positions_that_come_behind_the_wait_are_filled_in_and_the_next_run_is_w
             scan.send(document)
         one.send(one.series(SECOND, unplaced))
         seen = one.seen()
-        runs = archived(one.running)
+        runs = archived(one.running, seen.accounts)
         for account in seen.accounts:
             check_clean(account, runs[account["run"]])
             rows = runs[account["run"]]
