@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -27,12 +27,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A frame with its place in the order and the run it belongs to. decoded: Unix seconds."""
+    """A frame with its place in the order and the run it belongs to. decoded: Unix seconds. entered: by a clock that nobody sets."""
 
     ticket: int
     run: RunStarted
     frame: Frame
     decoded: float
+    entered: float = field(default_factory=time.monotonic)
 
     @property
     def nbytes(self) -> int:
@@ -60,14 +61,14 @@ def think(
     DeviceLost
         The card that a stage computes on has failed.
     """
-    done, at = time.time(), ""
-    batch = Batch(run, tuple(frames), clock=(("wait", done),), skipped=skipped)
+    done, at = time.perf_counter(), ""
+    batch = Batch(run, tuple(frames), clock=(("wait", time.time()),), skipped=skipped)
     try:
         for stage in stages:
             at = stage.name
             batch = stage(batch)
-            started, done = done, time.time()
-            batch = replace(batch, clock=(*batch.clock, (stage.name, done)))
+            started, done = done, time.perf_counter()
+            batch = replace(batch, clock=(*batch.clock, (stage.name, time.time())))
             timing(stage.name, (done - started) / len(frames))
         return results_of(batch, prior, decoded)
     except MemoryError as error:
@@ -274,7 +275,7 @@ class _Worker:
             return False
         if not jobs:
             return True
-        crew._ladder.observe(time.time() - jobs[0].decoded)
+        crew._ladder.observe(time.monotonic() - jobs[0].entered)
         rung = crew._ladder.rung
         while jobs:
             run, refined = jobs[0].run, rung.refines(jobs[0].frame.index)

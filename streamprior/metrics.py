@@ -248,9 +248,12 @@ def _mosaic_gauges(ns: Mapping[str, Any]) -> tuple[dict[Place, Gauge], dict[str,
 
 
 def _since_exposure(result: Result, at: float) -> float:
-    """Seconds since the detector's time stamp; since the socket where that clock is absent or off by more than an hour."""
+    """Seconds since the detector's time stamp; since the socket where that clock is absent or off by more than an hour.
+
+    Not below 0, which a host's clock that was set back would make of it: a histogram's sum may only grow.
+    """
     since = at - result.detector_time if result.detector_time is not None else -1.0
-    return since if 0 <= since < 3600 else at - result.received
+    return since if 0 <= since < 3600 else max(0.0, at - result.received)
 
 
 class _Histogram(Collector):

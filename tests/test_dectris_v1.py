@@ -340,6 +340,14 @@ def test_a_frame_that_waits_for_parts_goes_when_none_came_for_half_a_second(sent
     assert list(decoder.due(math.inf)) == []
 
 
+def test_a_frame_that_waits_for_parts_goes_as_soon_when_the_clock_was_set_back() -> None:
+    decoder = StreamV1Decoder("eiger")
+    for part in image(0)[:3]:
+        assert list(decoder.decode(part, 10_000.0)) == []
+    assert [list(decoder.due(at)) for at in (6400.0, 6400.4)] == [[], []]
+    assert frames_of(decoder.due(6400.6)) == [0]
+
+
 def test_a_frame_is_not_taken_from_its_last_parts_because_they_waited_in_a_queue() -> None:
     decoder = StreamV1Decoder("eiger")
     *first, times, appendix = image(0)

@@ -614,6 +614,16 @@ def test_frames_whose_file_comes_late_grows_late_or_never_comes(tmp_path: Path) 
     assert list(of.due(math.inf)) == []
 
 
+def test_a_file_is_waited_for_no_longer_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    of = decoder(folders=(tmp_path,), flush_s=10.0)
+    records = told(of, streamed(tmp_path / "late.h5", 2), received=10_000.0)
+    records += [*of.due(6400.0), *of.due(6409.0)]
+    assert reasons(records) == []
+    records += of.due(6410.0)
+    assert reasons(records) == ["file_absent"] * 2
+    assert isinstance(records[-1], SeriesEnd)
+
+
 def test_a_run_does_not_begin_before_the_run_before_it_has_its_last_frames(tmp_path: Path) -> None:
     frames = pixels(4)
     of = decoder(folders=(tmp_path,))

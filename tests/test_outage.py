@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 
 from streamprior.prior import save_prior
 from streamprior.records import RunEnded
-from streamprior.sinks.archive import Archive, read_run, run_folders, run_key
+from streamprior.sinks.archive import Archive, read_about, read_run, run_folders, run_key
 from streamprior.sinks.catalog import mirror_archive
 from streamprior.sinks.embedded import embedded_tiled
 from streamprior.sinks.live import LatestArrays
@@ -37,7 +37,7 @@ Verdict = Callable[[int], str]
 class Between(ThreadingHTTPServer):
     """Stands before a Tiled and hands requests on: `verdict` says of each, by its number, what happens to it.
 
-    pass; 500: answered so without Tiled hearing of it; after: Tiled does it, and 500 is answered nevertheless; away: the line is cut;
+    pass; 500, 409: answered so without Tiled hearing of it; after: Tiled does it, and 500 is answered nevertheless; away: the line is cut;
     held: it waits for `release`. rate : bytes a second that get through; None: all.
     """
 
@@ -77,7 +77,7 @@ class _Request(BaseHTTPRequestHandler):
         if verdict == "away":
             self.close_connection = True
             return
-        status, content, kind = (500, b"out of order", "text/plain") if verdict == "500" else self._ask(between, body)
+        status, content, kind = (int(verdict), b"out of order", "text/plain") if verdict in ("500", "409") else self._ask(between, body)
         if verdict == "after":
             status, content, kind = 500, b"out of order", "text/plain"
         if between.rate is not None:
@@ -249,11 +249,15 @@ def test_a_tiled_that_comes_back_empty_in_mid_run_is_said_and_told_everything_th
 def test_a_daemon_archives_through_every_outage_and_all_is_in_tiled_at_the_end(
     between: Between, tiled_server: RunningTiled, folder: Path, tmp_path: Path
 ) -> None:
-    """Away before the start, then 500s, then 1 MB/s, then cut off in mid-run: each run is closed by the archive while that lasts."""
+    """Away before the start, then 500s, 409s, 1 MB/s, then cut off in mid-run: each run is closed by the archive while that lasts, and the
+    next one, with Tiled in order, is in Tiled like all the others; as documents too.
+    """
     save_prior(small_prior(), tmp_path / "prior.h5")
     between.verdict = lambda number: "away"
-    tiled = {"uri": between.uri, "parent": f"tests/{folder.name}"}
-    with daemon(tmp_path, {"TILED_API_KEY": tiled_server.api_key}, tiled=tiled, archive={"folder": str(folder)}) as running:
+    tiled = {"uri": between.uri, "parent": f"tests/{folder.name}", "documents": True}
+    with daemon(
+        tmp_path, {"TILED_API_KEY": tiled_server.api_key}, tiled=tiled, archive={"folder": str(folder)}, runs={"drain_s": 120}
+    ) as running:
         with running.sender() as push:
 
             def send(number: int, change: Callable[[], None] = lambda: None) -> None:
@@ -268,17 +272,24 @@ def test_a_daemon_archives_through_every_outage_and_all_is_in_tiled_at_the_end(
             send(1)
             between.verdict = lambda number: "500"
             send(2)
-            between.verdict, between.rate = lambda number: "pass", 1e6
+            between.verdict = lambda number: "409"
             send(3)
-            send(4, lambda: setattr(between, "verdict", lambda number: "away"))
+            between.verdict, between.rate = lambda number: "pass", 1e6
+            send(4)
+            send(5, lambda: setattr(between, "verdict", lambda number: "away"))
+            between.verdict, between.rate = lambda number: "pass", None
+            send(6)
             accounts = running.get("/ledger")["runs"]
-            assert [(one["published"], one["dropped"], one["balanced"]) for one in accounts] == [(40, {}, True)] * 4
-            between.verdict = lambda number: "pass"
+            assert [(one["published"], one["dropped"], one["balanced"]) for one in accounts] == [(40, {}, True)] * 6
         assert running.leave()[0] == 0
     with connected(tiled_server.uri, tiled_server.api_key) as root:
         runs = root["tests"][folder.name]
         keys = [one.name for one in run_folders(folder)]
-        assert len(keys) == 4
+        assert len(keys) == 6
+        as_documents = root["tests"][f"{folder.name}_runs"]
+        assert {uid: one.metadata["stop"]["num_events"] for uid, one in as_documents.items()} == {
+            read_about(folder / key)["uid"]: {"primary": 40} for key in keys
+        }
         assert set(runs) - {"latest"} == set(keys)
         for key in keys:
             assert runs[key].metadata["status"] == "complete"

@@ -224,6 +224,27 @@ def test_rooms_can_be_walked_by_hand_in_one_thread() -> None:
     assert [result.index for result in archive.results] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+@pytest.mark.parametrize("room", ["compute-0"])
+def test_a_jump_of_the_hosts_clock_makes_no_frame_late_and_no_time_negative(
+    room: str, jump_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is set while all frames are in front of `room`."""
+    ladder = Ladder("masks", late_s=600.0, calm_s=2.0)
+    house = House(series(diffraction(count=8)), [Kept()], workers=1, ladder=ladder)
+    true = time.time
+    for name, step in house.path.rooms().items():
+        if name == room:
+            monkeypatch.setattr(time, "time", lambda: true() + jump_s)
+        while step():
+            pass
+        assert ladder.rung.level == 0
+    sums = [sample for family in house.meters.registry.collect() for sample in family.samples if sample.name.endswith("_seconds_sum")]
+    assert sums
+    assert all(sample.value >= 0 for sample in sums)
+    assert house.ledger.is_balanced()
+
+
 def test_live_results_are_bit_identical_to_the_composed_stages_on_the_same_frames() -> None:
     frames = diffraction(count=24)
     archive = Kept()

@@ -19,6 +19,9 @@ from streamprior_sim.wires import Dialect, Encoding
 LIKE_THE_FIRST = ("wrong_dtype", "wrong_shape")
 """Faults that are an error only where a receiver has seen another image before."""
 
+LEAPS = {"index_leaps": 4_000_000_000, "index_negative": -1, "index_endless": 2**70}
+"""Index that an image says it has: a counter of 32 bits that ran over, one that began too low, and one that no integer type holds."""
+
 _LOST_PARTS = {"dimage_lost": 0, "dimage_d_lost": 1, "blob_lost": 2, "dconfig_lost": 3}
 
 
@@ -38,6 +41,8 @@ def spoken(
     else:
         if kind in LIKE_THE_FIRST:
             record = replace(record, counts=_unlike(record.counts, kind))
+        if kind in LEAPS:
+            record = replace(record, index=LEAPS[kind])
         message = dialect.image(record, "none" if kind == "uncompressed" else encoding)
         message = _damaged(message, kind, record, encoding, dialect, rng, oversized_bytes)
         if message:

@@ -89,6 +89,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "wrong_dtype": Kind("its pixels are of another type", _refused("wrong_dtype", "wrong_dtype", documents="wrong_dtype")),
     "wrong_shape": Kind("it has half the rows", _refused("wrong_shape", "wrong_shape", documents="wrong_shape")),
+    "index_leaps": Kind("its index is 4,000,000,000", _refused("bad_index", "bad_index", documents="bad_index")),
+    "index_negative": Kind("its index is -1", _refused("bad_index", "bad_index", documents="bad_index")),
+    "index_endless": Kind("its index is 2^70, which no integer type holds", _refused("bad_index", "bad_index")),
 }
 """Every kind of fault that a sender can make."""
 

@@ -272,6 +272,7 @@ class DocumentsDecoder:
                 yield item
                 continue
             self._wanted -= 1
+            item.until = min(item.until, now + self._documents.flush_s)  # also where the clock was set back meanwhile
             if item.resource not in absent or now >= item.until:
                 yield from self._frames(run, item, now)
             if item.left:

@@ -170,6 +170,7 @@ class StreamV1Decoder:
         unless no message came between this call and the one before it."""
         image, header = self._image, self._header
         whole = (image is None or not image.good or image.stage >= _BLOB) and (header is None or header.configured)
+        self._heard = min(self._heard, now)  # a clock that was set back would make it wait until it is that late again
         over = self._quiet and now >= self._heard + (_HELD_S if whole else _STALLED_S)
         self._quiet = True
         return [*self._settle_header(), *self._settle_image()] if over or now == math.inf else ()
