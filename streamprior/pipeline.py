@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
 
@@ -56,7 +56,8 @@ class Wire:
 class Received:
     """A raw message, when it left the socket (Unix seconds) and the wire that it came over.
 
-    number : the spool's. again : an earlier process received it, whose restart reads it again. counted : and had decoded it.
+    heard : that moment by a clock that nobody sets, which waits go by. number : the spool's. again : an earlier process received it, whose
+    restart reads it again. counted : and had decoded it.
     """
 
     message: Message
@@ -65,6 +66,7 @@ class Received:
     number: int = 0
     again: bool = False
     counted: bool = False
+    heard: float = field(default_factory=time.monotonic)
 
     @property
     def nbytes(self) -> int:
@@ -233,7 +235,8 @@ class Pipeline:
         for one in found:
             of = self._readings if one.wire else self._frames
             if of is not None:
-                again.append(Received(one.message, one.at, of, one.number, again=True, counted=one.decoded))
+                heard = time.monotonic() - (time.time() - one.at)
+                again.append(Received(one.message, one.at, of, one.number, again=True, counted=one.decoded, heard=heard))
                 self._recovered_at = max(self._recovered_at, one.at)
         self.received.put_all(again)
         if len(found) < _MOST:
@@ -265,21 +268,22 @@ class Pipeline:
         """Raw messages -> jobs for the crew; runs open and close here."""
         batch = self.received.take(_MOST, timeout_s=BEAT_S)
         if batch is None:
-            self._release(math.inf)
+            self._release(math.inf, math.inf)
             self._turn(self._runs.shutdown())
             self._submit()
             self._crew.close()
             return False
-        self._ladder.observe(time.time() - batch[0].at if batch and not batch[0].again else 0.0)
+        self._ladder.observe(time.monotonic() - batch[0].heard if batch and not batch[0].again else 0.0)
         self.received.policy = "drop_newest" if self._ladder.rung.drop else self._policy
         for item in batch:
             self._decode_one(item)
         # While the path is behind, the position that a frame waits for may have been received and be waiting here as well.
-        now = batch[-1].at if batch and len(self.received) else time.time()
-        self._release(now)
+        newest = batch[-1] if batch and len(self.received) else None
+        now, heard = (newest.at, newest.heard) if newest is not None else (time.time(), time.monotonic())
+        self._release(now, heard)
         self._turn(self._runs.tick())
         if self._spool is not None:
-            self._spool.tidy(now)
+            self._spool.tidy(heard)
         self._submit()
         return True
 
@@ -288,7 +292,7 @@ class Pipeline:
         try:
             for record in item.wire.decoder.decode(item.message, item.at):
                 if not self._is_repetition(item, record):
-                    self._take(item.wire, record, item.message, item.at)
+                    self._take(item.wire, record, item.message, item.heard)
         except WireError as error:
             self._refuse(item.wire, item.message, error)
         if self._spool is not None:
@@ -304,20 +308,21 @@ class Pipeline:
         self._spool.seen(record.series, item.number, starts)
         return False
 
-    def _release(self, now: float) -> None:
-        """What decoders and joiner held back and may hold no longer; infinity: everything."""
+    def _release(self, now: float, heard: float) -> None:
+        """What decoders (by `now`, Unix seconds) and joiner (by `heard`, a clock that nobody sets) held back and may hold no longer;
+        infinity: everything."""
         for wire in (self._frames, *([self._readings] if self._readings is not None else [])):
             for record in wire.decoder.due(now):
-                self._take(wire, record, record if not isinstance(record, WireError) else b"", now)
-        for record in self._joiner.due(now):
+                self._take(wire, record, record if not isinstance(record, WireError) else b"", heard)
+        for record in self._joiner.due(heard):
             self._hear(record, record)
 
-    def _take(self, wire: Wire, record: Decoded | WireError, message: Message, now: float) -> None:
+    def _take(self, wire: Wire, record: Decoded | WireError, message: Message, heard: float) -> None:
         """A decoded record to the joiner, and what that lets go on."""
         if isinstance(record, WireError):
             self._refuse(wire, message, record)
             return
-        joined = self._joiner.of_frames(record, now) if wire is self._frames else self._joiner.of_scan(record, now)
+        joined = self._joiner.of_frames(record, heard) if wire is self._frames else self._joiner.of_scan(record, heard)
         for one in joined:
             self._hear(one, message if one is record else one)
 

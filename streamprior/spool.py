@@ -214,7 +214,7 @@ class Spool:
                 run.ended = self._passed
 
     def tidy(self, now: float) -> None:
-        """Let go of what a restart would not need any more. now : the path's clock, Unix seconds."""
+        """Let go of what a restart would not need any more. now : seconds, of a clock that nobody sets."""
         if time.monotonic() < self._looked + _TIDY_S:
             return
         self._looked = time.monotonic()

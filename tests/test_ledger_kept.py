@@ -119,6 +119,22 @@ def test_frames_that_the_archive_has_are_not_lost_though_the_ledger_was_not_told
     assert [again.frame("u", index) for index in (2, 3)] == ["published", "dropped at path: crash"]
 
 
+def test_an_interrupted_run_that_goes_on_keeps_its_losses_where_nothing_is_read_again(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "ledger", expected=8)
+    for index in range(4):
+        ledger.received("u", index)
+    ledger.published("u", "archive", [0, 1])
+    again = Ledger(["archive"], killed(tmp_path / "ledger"))
+    again.recall()
+    again.open_run(RunStarted("u", "eiger", "S1", 1000.0, 8, Detector()))
+    assert [again.received("u", index) for index in (4, 5)] == [True, True]
+    again.published("u", "archive", [4, 5])
+    account = again.close_run(RunEnded("u", "end", 2000.0))
+    assert (account["received"], account["published"], account["missing"], account["balanced"]) == (6, 4, 2, True)
+    left_out = [(one["fate"], one["first"], one["last"]) for one in again.left_out("u")["left_out"]]
+    assert left_out == [("dropped at path: crash", 2, 3), ("never received", 6, 7)]
+
+
 def test_an_interrupted_run_that_goes_on_counts_what_is_read_again_once(tmp_path: Path) -> None:
     ledger = opened(tmp_path / "ledger", expected=8)
     for index in (0, 1, 2, 3, SPAN):
@@ -126,7 +142,7 @@ def test_an_interrupted_run_that_goes_on_counts_what_is_read_again_once(tmp_path
     ledger.received_unread("u")
     ledger.published("u", "archive", [0, 1])
     folder = killed(tmp_path / "ledger")
-    again = Ledger(["archive"], folder)
+    again = Ledger(["archive"], folder, reread=True)
     again.recall()
     again.open_run(RunStarted("u", "eiger", "S1", 1000.0, 8, Detector()))
     account = again.balance("u")

@@ -225,7 +225,7 @@ def test_rooms_can_be_walked_by_hand_in_one_thread() -> None:
 
 
 @pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
-@pytest.mark.parametrize("room", ["compute-0"])
+@pytest.mark.parametrize("room", ["decode", "compute-0"])
 def test_a_jump_of_the_hosts_clock_makes_no_frame_late_and_no_time_negative(
     room: str, jump_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,15 +533,34 @@ def test_a_position_that_was_received_in_time_is_not_late_because_the_path_is_be
     house.path._frames, house.path._readings = frames, motors
     house.path._joiner = Joiner(PositionSettings(x="x", wait_s=1.0), separate=True)
     counts = diffraction()[0]
-    long_ago = time.time() - 60
+    long_ago = time.monotonic() - 60
     records = [(motors, SeriesStart("documents", "scan-1", None, Detector())), (frames, SeriesStart("eiger", "S1", 200, Detector()))]
     records += [(frames, make_frame(counts, n)) for n in range(200)]  # type: ignore[list-item]
     records += [(motors, Reading("documents", "scan-1", n, 0.0, (n * 1e-6, 0.0))) for n in range(200)]  # type: ignore[list-item]
     for k, (wire, record) in enumerate(records):
-        house.path.received.put(Received(record, long_ago + 0.001 * k, wire))
+        house.path.received.put(Received(record, time.time(), wire, heard=long_ago + 0.001 * k))
     house.path.received.close()
     house.run()
     assert [result.position for result in archive.results] == [(n * 1e-6, 0.0) for n in range(200)]
+    assert not any(result.flags & Flag.NO_POSITION for result in archive.results)
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_a_jump_of_the_hosts_clock_between_a_scan_and_its_frames_costs_no_position(jump_s: float) -> None:
+    archive = Kept()
+    house = House([], [archive])
+    frames, motors = Wire(Scripted([]), Told()), Wire(Scripted([]), Told())
+    house.path._frames, house.path._readings = frames, motors
+    house.path._joiner = Joiner(PositionSettings(x="x", wait_s=60.0), separate=True)
+    counts, at = diffraction()[0], time.time()
+    house.path.received.put(Received(SeriesStart("documents", "scan-1", None, Detector()), at, motors))  # type: ignore[arg-type]
+    records = [(frames, make_frame(counts, n)) for n in range(4)]
+    records += [(motors, Reading("documents", "scan-1", n, 0.0, (n * 1e-6, 0.0))) for n in range(4)]  # type: ignore[misc]
+    for wire, record in records:
+        house.path.received.put(Received(record, at + jump_s, wire))  # type: ignore[arg-type]
+    house.path.received.close()
+    house.run()
+    assert [result.position for result in archive.results] == [(n * 1e-6, 0.0) for n in range(4)]
     assert not any(result.flags & Flag.NO_POSITION for result in archive.results)
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--until", type=Path, help="stop once this file is there, and print how many frames were sent")
     given = parser.parse_args()
     detector = Detector(shape=(given.size, given.size))
-    start = encode_start(1, "bench", detector, given.count, np.dtype(np.uint16), {})
+    start = encode_start(1, "bench", detector, given.count if given.until is None else 0, np.dtype(np.uint16), {})
     frames = repeated_frames(given.size, given.count)
     with zmq.Context() as context, context.socket(zmq.PUSH) as push:
         push.setsockopt(zmq.LINGER, 10_000)
