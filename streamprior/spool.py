@@ -407,9 +407,12 @@ def _records(path: Path, bodies: bool = True) -> Iterator[tuple[int, Spooled, in
     with path.open("rb") as file:
         while len(head := file.read(_RECORD.size)) == _RECORD.size:
             magic, kind, wire, count, at, number = _RECORD.unpack(head)
-            lengths = [length for (length,) in _LENGTH.iter_unpack(file.read(_LENGTH.size * max(1, count)))]
+            told = file.read(_LENGTH.size * max(1, count))
+            if magic != _MAGIC or len(told) != _LENGTH.size * max(1, count):
+                return
+            lengths = [length for (length,) in _LENGTH.iter_unpack(told)]
             end = file.tell() + sum(lengths)
-            if magic != _MAGIC or len(lengths) != max(1, count) or end > size:
+            if end > size:
                 return
             if bodies:
                 parts: Parts = tuple(file.read(length) for length in lengths)

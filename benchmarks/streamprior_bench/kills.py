@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from streamprior.config import SourceSettings
 from streamprior.ledger import read_ledger
 from streamprior.prior import save_prior
 from streamprior.seams import Message
@@ -29,8 +30,8 @@ from streamprior_bench.path import SIZE, make_path_config, path_prior, rate_thro
 from streamprior_bench.send_frames import repeated_frames
 
 KILLS, SEED = 100, 7
-LIFE_S = (0.5, 6.0)
-"""From a daemon's start to its end, evenly: it needs about 3 s until it listens."""
+LIFE_S = 2.5
+"""Longest time from when a daemon listens to its end; every fifth one does not come so far."""
 
 RATE_HZ = 1000.0
 """More than two cores refine: frames wait in every queue when the end comes, and in the sender."""
@@ -75,9 +76,17 @@ def killed(place: Path, mode: Literal["complete", "live"], kills: int, seed: int
     reference = hall.left_alone()
     accepted: set[int] = set()
     with hall.sender() as sender:
-        for _ in range(kills):
+        for number in range(kills):
             process = hall.daemon()
-            time.sleep(moments.uniform(*LIFE_S))
+            begun = time.monotonic()
+            hall.ready(process)
+            start_s = time.monotonic() - begun
+            if number % 5 == 4:
+                process.kill()
+                process = hall.daemon()
+                time.sleep(moments.uniform(0.0, start_s))
+            else:
+                time.sleep(moments.uniform(0.0, LIFE_S))
             process.kill()
             process.wait()
             accepted |= hall.accepted()
@@ -114,7 +123,7 @@ class _Hall:
     """A sender and the daemon beside it, which keep their address; owns the folder they work in."""
 
     def __init__(self, place: Path, mode: str) -> None:
-        self._place = place
+        self._place, self._log = place, place / "log"
         self.enough = place / "enough"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -129,15 +138,21 @@ class _Hall:
                 "recovery": {"mode": mode, "folder": str(place / "spool")},
                 "archive": {"folder": name},
                 "http": {"port": 0},
-                "log": {"level": "info" if name == "alone" else "error"},
             }
             (place / f"{name}.yaml").write_text(yaml.safe_dump(told))
 
     def daemon(self, name: str = "archive") -> subprocess.Popen[bytes]:
         environment = os.environ | {"STREAMPRIOR_STATE": str(self._place / "state")}
         command = [sys.executable, "-m", "streamprior.cli", "run", f"{name}.yaml"]
-        errors = subprocess.PIPE if name == "alone" else None
-        return subprocess.Popen(command, cwd=self._place, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        with self._log.open("wb") as log:
+            return subprocess.Popen(command, cwd=self._place, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+
+    def ready(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until it listens; the first one compiles its kernels, for all that come after it."""
+        while b" ready " not in (said := self._log.read_bytes()):
+            if process.poll() is not None:
+                raise RuntimeError(f"the daemon did not start: {said.decode()}")
+            time.sleep(0.02)
 
     @contextmanager
     def sender(self, count: int = 10**6) -> Iterator[subprocess.Popen[bytes]]:
@@ -153,10 +168,7 @@ class _Hall:
     def left_alone(self) -> ArchivedRun:
         """Every different frame three times over, in a daemon that nobody disturbs."""
         process = self.daemon("alone")
-        assert process.stderr is not None
-        while b"ready" not in process.stderr.readline():  # kernels are compiled first, once for all
-            if process.poll() is not None:
-                raise RuntimeError("the daemon did not start")
+        self.ready(process)
         with self.sender(3 * _different()) as sender:
             sender.wait()
         self.closed()
@@ -181,7 +193,7 @@ class _Hall:
             if account["reason"] is None or account["reason"] == "interrupted":
                 unseen = _indices(ledger.left_out(account["run"])["left_out"], ["never received"])
                 found = set(range(account["received"] + account["missing"])) - unseen
-        decoder = StreamV2Decoder("detector", "1", 2**28)
+        decoder = StreamV2Decoder("detector", SourceSettings().channel, 2**28)
         return found | {index for message in spooled_images(self._place / "spool") for index in _index(decoder, message)}
 
     def left_out(self, uid: str) -> set[int]:
