@@ -60,16 +60,18 @@ def go_on(
     A run goes on if it was made with the same prior and settings; what is read again of another one begins a run of its own.
     """
     folder = config.archive.folder
-    closed = {account["run"]: account for account in ledger.recall(lambda uid: _archived(folder, uid))}
+    closed = ledger.recall(lambda uid: _archived(folder, uid))
+    # Not only those that it has closed now: the process before this one may have been killed while it started.
+    interrupted = {account["run"]: account for account in ledger.earlier() if account["reason"] == "interrupted"}
     found = spool.open() if spool is not None else []
     # The image of the sample cannot be made from the frames that are still to come: the one that there is stays.
-    same = [run for run in found if run.uid in closed and config.recipe != "ptycho" and _is_same(folder, run, provenance)]
+    same = [run for run in found if run.uid in interrupted and config.recipe != "ptycho" and _is_same(folder, run, provenance)]
     going = {run.uid for run in same}
-    for uid, account in closed.items():
-        if uid not in going:
-            log.warning("run was interrupted: the process that had it open was killed", run=uid, ledger=account_line(account))
+    for account in closed:
+        if account["run"] not in going:
+            log.warning("run was interrupted: the process that had it open was killed", run=account["run"], ledger=account_line(account))
     for run in same:
-        log.warning("run goes on: the process that had it open was killed", run=run.uid, ledger=account_line(closed[run.uid]))
+        log.warning("run goes on: the process that had it open was killed", run=run.uid, ledger=account_line(interrupted[run.uid]))
         for watch in watches:
             if isinstance(watch, DriftWatch):
                 _remind(watch, run.uid, archived_run(folder, run.uid))

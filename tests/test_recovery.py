@@ -41,6 +41,13 @@ class Hall:
             running.port, running.http = self.port, self.settings["http"]["port"]
             yield running
 
+    @contextmanager
+    def starting(self, **changed: Any) -> Iterator[Running]:
+        """A daemon that does not listen yet."""
+        running = Running(self.folder, self.settings | changed)
+        yield running
+        running.process.communicate()
+
     def start(self, series: int = 1) -> bytes:
         detector = Detector(shape=self.frames.shape[1:], energy_ev=9000.0)
         return encode_start(series, f"S{series}", detector, COUNT, self.frames.dtype, {"sample": "gold"})
@@ -190,14 +197,19 @@ def test_a_daemon_that_is_killed_again_and_again_still_loses_nothing(hall: Hall,
     with hall.daemon(recovery=hall.recovery()) as running:
         send(running, [hall.start(), *hall.images(0, 20)])
         received(running, 20)
+        while hall.account(running)["published"] < 4:
+            time.sleep(0.01)
         kill(running)
-    for first in (20, 30, 40):
+    with hall.starting(recovery=hall.recovery()) as running:
+        running.until("warming up")
+        kill(running)
+    for first in (20, 30):
         with hall.daemon(recovery=hall.recovery()) as running:
             send(running, hall.images(first, first + 10))
             received(running, first + 10)
             kill(running)
     with hall.daemon(recovery=hall.recovery()) as running:
-        send(running, [*hall.images(50, COUNT), encode_end(1, "S1")])
+        send(running, [*hall.images(40, COUNT), encode_end(1, "S1")])
         running.until("run closed")
         account = hall.account(running)
         assert running.leave()[0] == 0
