@@ -52,11 +52,11 @@ class Wire:
     decoder: Decoder
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received:
     """A raw message, when it left the socket (Unix seconds) and the wire that it came over.
 
-    heard : that moment by a clock that nobody sets, which waits go by. number : the spool's. again : an earlier process received it, whose
+    heard : that moment by a clock that nobody sets, which waits go by. number : the spool's, which it gets last. again : an earlier process received it, whose
     restart reads it again. counted : and had decoded it.
     """
 
@@ -211,7 +211,8 @@ class Pipeline:
         try:
             self._drain(wire, drained, 0 if stopping else BEAT_S)
         finally:  # what came before a source failed has been accepted
-            self.received.put_all(self._kept(drained))
+            self._keep_safe(wire, drained)
+            self.received.put_all(drained)
         # On a stop, what the socket already holds still counts as accepted; a sender that goes on for ever does not.
         over = source.exhausted or (stopping and (not drained or time.monotonic() > self._stopped_at + _GRACE_S))
         if over:
@@ -243,15 +244,14 @@ class Pipeline:
             self._recovering.clear()
         return True
 
-    def _kept(self, drained: list[Received]) -> list[Received]:
-        """The same, safe from a kill, and numbered."""
+    def _keep_safe(self, wire: Wire, drained: Sequence[Received]) -> None:
+        """Messages into the spool, which numbers them."""
         if self._spool is None or not drained:
-            return drained
-        wire = drained[0].wire
-        first = self._spool.keep(
-            int(wire is not self._frames), ((one.message, one.at, wire.decoder.expendable(one.message)) for one in drained)
-        )
-        return [replace(one, number=number) for number, one in enumerate(drained, first)]
+            return
+        expendable = wire.decoder.expendable
+        first = self._spool.keep(int(wire is not self._frames), [(one.message, one.at, expendable(one.message)) for one in drained])
+        for number, one in enumerate(drained, first):
+            one.number = number
 
     def _drain(self, wire: Wire, drained: list[Received], timeout_s: float) -> None:
         """The next message, and those that are there already."""

@@ -16,6 +16,7 @@ from streamprior.errors import ConfigError, PriorError, SinkUnavailable
 from streamprior.mosaic.scan import check_trust, first_probe
 from streamprior.prior import load_prior
 from streamprior.records import SeriesStart
+from streamprior.recovery import spool_folder
 from streamprior.seams import Source
 from streamprior.server import HttpServer
 from streamprior.sinks.archive import claim, frame_bytes
@@ -59,6 +60,7 @@ def inspect(config: Config) -> Iterator[Finding]:
         "archive": lambda: _archive(config),
         "tiled": lambda: _tiled(config),
         "state folder": _state,
+        "recovery": lambda: _recovery(config),
         "FFT": _fft,
         "GPU": lambda: _gpu(config),
     }
@@ -263,6 +265,29 @@ def _state() -> str:
     except OSError as error:
         raise ConfigError(f"state folder {folder} cannot be written ({error.strerror}); set STREAMPRIOR_STATE to one that can") from None
     return f"{folder} keeps compiled kernels, FFT plans, the ledger and quarantined messages"
+
+
+def _recovery(config: Config) -> str:
+    if config.source.kind in ("file", "tiled") or config.source.path is not None:
+        return "frames lie in a file or in Tiled: name it again after a kill"
+    if config.recovery.mode == "live":
+        return "after a kill a run goes on, and lacks what was on its way; recovery.mode: complete would keep that, at the stream's rate"
+    if config.source.kind == "pva":
+        raise ConfigError("recovery.mode: complete keeps messages of a ZMQ socket, and source.kind is pva; set it to live")
+    folder = spool_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"recovery.folder: {folder} cannot be written ({error.strerror}); name another or change its owner") from None
+    free = shutil.disk_usage(folder).free
+    if free < config.recovery.most_mb * 2**20:
+        raise ConfigError(
+            f"recovery.folder: {free / 2**30:.1f} GiB are free on {folder}, and recovery.most_mb may take"
+            f" {config.recovery.most_mb / 1024:.1f} GiB; make room, name another folder or lower it"
+        )
+    return f"messages are kept in {folder} until their frames are archived ({free / 2**30:.1f} GiB free)"
 
 
 def _fft() -> str:

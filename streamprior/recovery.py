@@ -32,6 +32,12 @@ def rereads(config: Config) -> bool:
     return config.recovery.mode == "complete" or config.source.kind == "documents"
 
 
+def spool_folder(config: Config) -> Path:
+    """Where a daemon's spool lies. One archive has one daemon: its folder tells whose spool it is, also where several share this place."""
+    whose = hashlib.sha256(str(config.archive.folder.absolute()).encode()).hexdigest()[:8]
+    return (config.recovery.folder or state_folder() / "spool") / f"{config.source.name}-{whose}"
+
+
 def spool_of(config: Config, source: Source, ledger: Ledger) -> Spool | None:
     """The spool of a daemon's sockets; None where frames lie in a file, or come another way.
 
@@ -44,9 +50,7 @@ def spool_of(config: Config, source: Source, ledger: Ledger) -> Spool | None:
                 " or documents come from this process; set it to live"
             )
         return None
-    # One archive has one daemon: its folder tells whose spool it is, also where several share the state folder.
-    whose = hashlib.sha256(str(config.archive.folder.absolute()).encode()).hexdigest()[:8]
-    folder = (config.recovery.folder or state_folder() / "spool") / f"{config.source.name}-{whose}"
+    folder = spool_folder(config)
     hold_s = config.positions.wait_s if config.positions.x is not None else 0.0
     images = config.recovery.mode == "complete"
     return Spool(folder, images, config.recovery.most_mb * _MIB, hold_s, ledger.settled, ledger.is_over)

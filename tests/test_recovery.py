@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streamprior.config import Config
+from streamprior.daemon import build
+from streamprior.errors import ConfigError
+from streamprior.preflight import Finding, inspect
 from streamprior.prior import save_prior
 from streamprior.records import Detector
 from streamprior.sinks.archive import ArchivedRun, read_run, run_folders
@@ -216,3 +220,26 @@ def test_a_daemon_that_is_killed_again_and_again_still_loses_nothing(hall: Hall,
     assert (account["received"], account["published"], account["balanced"]) == (COUNT, COUNT, True)
     (run,) = hall.runs()
     assert_same(run, undisturbed(tmp_path, hall))
+
+
+def test_the_check_looks_at_the_spools_folder(tmp_path: Path) -> None:
+    save_prior(small_prior(), tmp_path / "prior.h5")
+
+    def found(**recovery: Any) -> Finding:
+        config = Config(prior=tmp_path / "prior.h5", archive={"folder": tmp_path / "archive"}, recovery={"folder": tmp_path} | recovery)
+        return next(one for one in inspect(config) if one.what == "recovery")
+
+    assert "lacks what was on its way" in found().sentence
+    good = found(mode="complete", most_mb=64)
+    assert good.fine
+    assert str(tmp_path) in good.sentence
+    assert "lower it" in found(mode="complete", most_mb=2**40).sentence
+    (tmp_path / "file").touch()
+    assert "cannot be written" in found(mode="complete", folder=tmp_path / "file").sentence
+
+
+def test_a_channel_that_comes_over_no_socket_of_ours_cannot_be_kept(tmp_path: Path) -> None:
+    save_prior(small_prior(), tmp_path / "prior.h5")
+    config = Config(prior=tmp_path / "prior.h5", source={"kind": "pva", "pv": "13SIM1"}, recovery={"mode": "complete"})
+    with pytest.raises(ConfigError, match=r"recovery\.mode: complete keeps messages of a ZMQ socket"):
+        build(config)
