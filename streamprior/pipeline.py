@@ -56,8 +56,8 @@ class Wire:
 class Received:
     """A raw message, when it left the socket (Unix seconds) and the wire that it came over.
 
-    heard : that moment by a clock that nobody sets, which waits go by. number : the spool's, which it gets last. again : an earlier process received it, whose
-    restart reads it again. counted : and had decoded it.
+    heard : that moment by a clock that nobody sets, which waits go by. number : the spool's, which it gets last. again : an earlier process
+    received it, whose restart reads it again. counted : and had decoded it.
     """
 
     message: Message

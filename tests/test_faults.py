@@ -116,6 +116,7 @@ def bench(folder: Path, name: str, environment: Mapping[str, str] | None = None,
     save_prior(small_prior(SHAPE), folder / "prior.h5")
     source = {"kind": wire.kind.replace("-", "_"), "max_message_mb": LIMIT_MB}
     documents = {"positions": {"x": "x", "y": "y", "wait_s": 0.2}} if name == "documents" else {}
+    settings = {"overload": {"late_s": 10}} | settings  # another process on these cores is no fault
     with daemon(folder, environment, source=source, refine={"iterations": 1}, **documents, **settings) as running:
         address = f"tcp://127.0.0.1:{running.port}"
         with zmq_publisher(address) if name == "documents" else zmq_sender(address) as sender:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from streamprior_sim.documents import zmq_publisher
+from streamprior_sim.emit import stream, zmq_sender
 
 from streamprior.config import Config
 from streamprior.daemon import build
@@ -22,7 +24,9 @@ from streamprior.sinks.rows import read_table
 from streamprior.wire.dectris_v2 import encode_end, encode_start
 from tests.builders import diffraction, small_prior
 from tests.test_daemon import Running, daemon, free_port
+from tests.test_faults import WIRES, check_clean
 from tests.test_path import image
+from tests.test_wire_table import FIRST, SHAPE
 
 COUNT = 60
 OF_TIME = {"received", "published"}
@@ -220,6 +224,45 @@ def test_a_daemon_that_is_killed_again_and_again_still_loses_nothing(hall: Hall,
     assert (account["received"], account["published"], account["balanced"]) == (COUNT, COUNT, True)
     (run,) = hall.runs()
     assert_same(run, undisturbed(tmp_path, hall))
+
+
+@pytest.mark.parametrize("name", ["v1", "documents"])
+def test_on_every_wire_a_series_that_is_cut_by_a_kill_is_one_run_with_all_its_frames_and_positions(tmp_path: Path, name: str) -> None:
+    """Parts of one image before the kill and after it; documents, of which the frames' positions come apart from the frames."""
+    wire = WIRES[name]
+    mode = {"recovery": {"mode": "complete"}} if name == "v1" else {"positions": {"x": "x", "y": "y"}}
+    hall = Hall(tmp_path, refine={"iterations": 2000}, **mode)
+    save_prior(small_prior(SHAPE), tmp_path / "prior.h5")
+    hall.settings["source"] |= {"kind": wire.kind.replace("-", "_")}
+    messages = [*stream(FIRST, None, wire=wire, unique_id="S1", series=1)]
+    cut = len(messages) * 2 // 3
+    for part, last in ((messages[:cut], False), (messages[cut:], True)):
+        with hall.daemon(recovery={"folder": str(hall.spool)} | hall.settings.get("recovery", {})) as running:
+            address = f"tcp://127.0.0.1:{hall.port}"
+            with zmq_publisher(address) if name == "documents" else zmq_sender(address) as sender:
+                for message in part:
+                    sender.send(message)
+            if last:
+                running.until("run closed")
+                account = hall.account(running)
+                assert running.leave()[0] == 0
+            else:
+                all_read(running)
+                kill(running)
+    (run,) = hall.runs()
+    check_clean(account, run.frames)
+    if name == "documents":
+        assert not np.isnan(run.frames["position_x"].to_numpy()).any()
+
+
+def all_read(running: Running) -> None:
+    """Wait until nothing more has come for a second, of what was sent."""
+    count, since = -1, time.monotonic()
+    while time.monotonic() < since + 1.0 or count < 1:
+        account = running.get("/status")["ledger"]
+        if account is not None and account["received"] != count:
+            count, since = account["received"], time.monotonic()
+        time.sleep(0.05)
 
 
 def test_the_check_looks_at_the_spools_folder(tmp_path: Path) -> None:
