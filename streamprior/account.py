@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,6 +79,7 @@ class RunAccount:
     def __init__(self, started: RunStarted | None, fates: Fates) -> None:
         self.started, self.fates = started, fates
         self.received = self.distinct = self.flying = 0
+        self.beyond = 0  # different frames whose index the run did not expect: they stand for none that it lacks
         self.extent = 0  # highest index that came in, plus one
         self.closed: float | None = None
         self.reason: str | None = None
@@ -98,6 +100,7 @@ class RunAccount:
             self._other(IN_FLIGHT, 1)
             return False
         self.distinct += 1
+        self.beyond += index >= self._end()
         self.flying += 1
         self.extent = max(self.extent, index + 1)
         self.fates.arrive(index, IN_FLIGHT, at)
@@ -223,7 +226,8 @@ class RunAccount:
             self._other(number, -others)
             self.distinct -= count
             self.received -= count + others
-        self.extent = self._counted()["extent"]
+        counted = self._counted()
+        self.extent, self.beyond = counted["extent"], counted["beyond"]
         self.save()
 
     def in_flight(self) -> int:
@@ -236,7 +240,16 @@ class RunAccount:
 
     def missing(self) -> int:
         expected = self.started.expected if self.started is not None else None
-        return max(0, (self.extent if expected is None else expected) - self.distinct)
+        return max(0, (self.extent if expected is None else expected) - self.awaited())
+
+    def awaited(self) -> int:
+        """Different frames that came, of those that the run expected."""
+        return self.distinct - self.beyond
+
+    def _end(self) -> float:
+        """The first index that the run does not expect."""
+        expected = self.started.expected if self.started is not None else None
+        return math.inf if expected is None else expected
 
     def residue(self) -> int:
         return self.received - sum(self._of(number) for number in range(PUBLISHED, len(self._names))) - self.in_flight()
@@ -363,7 +376,7 @@ class RunAccount:
         run = self.started
         head = {"run": run.uid, "source": run.source, "series": run.series, "opened": run.opened, "expected": run.expected}
         head |= {"closed": self.closed, "reason": self.reason, "fates": [asdict(fate) for fate in self._names], "sinks": [*self._sinks]}
-        sums = {"distinct": self.distinct, "flying": self.flying, "extent": self.extent, "residue": self.residue()}
+        sums = {"distinct": self.distinct, "beyond": self.beyond, "flying": self.flying, "extent": self.extent, "residue": self.residue()}
         indexed = [self._indexed[number] for number in range(len(self._names))]
         write_head(self.fates.path, head | {"sums": {**sums, "indexed": indexed} if self.closed is not None else None})
         self._stamp = head_stamp(self.fates.path)
@@ -392,22 +405,25 @@ class RunAccount:
 
     def _take_sums(self, sums: Mapping[str, Any]) -> None:
         self.distinct, self.flying, self.extent = sums["distinct"], sums["flying"], sums["extent"]
+        self.beyond = sums.get("beyond", 0)
         self._indexed = Counter(dict(enumerate(sums["indexed"])))
         self.received = self.distinct + sum(self._others.values()) + sums["residue"]
 
     def _counted(self) -> dict[str, Any]:
         """The sums of a run that nobody closed, from its frames."""
-        indexed, extent = np.zeros(256, np.int64), 0
+        indexed, extent, beyond = np.zeros(256, np.int64), 0, 0
         for number in self.fates.numbers():
             codes = self.fates.piece(number)
             if codes is not None and codes.any():
                 came = np.flatnonzero(codes)
                 indexed += np.bincount(codes[came], minlength=256)
                 extent = number * SPAN + int(came[-1]) + 1
+                beyond += int(np.count_nonzero(came + number * SPAN >= self._end()))
         decided = indexed.copy()
         decided[IN_FLIGHT] = 0
         return {
             "distinct": int(indexed.sum()),
+            "beyond": beyond,
             "flying": int(indexed[IN_FLIGHT]),
             "extent": extent,
             "residue": 0,

@@ -154,9 +154,9 @@ class Ledger:
             return sum(run.write_off(_SHUTDOWN, now) for run in self._own())
 
     def distinct(self, uid: str) -> int:
-        """Frames of the run that came in, duplicates not counted."""
+        """Frames of the run that came in, without duplicates and those beyond the number that it expected."""
         with self._lock:
-            return self._run(uid).distinct
+            return self._run(uid).awaited()
 
     def knows(self, uid: str, index: int) -> bool:
         """Whether the run has this frame already."""

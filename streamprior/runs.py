@@ -71,8 +71,8 @@ class Runs:
         """
         self._heard = self._clock()
         if self._open is not None and self._open.series == hint.series:
-            again = self._announced and self._distinct(self._open.uid) > 0
-            if not (again or self._ending):
+            anew = self._announced and self._distinct(self._open.uid) > 0
+            if not (anew or self._ending):
                 return []
         if again and not any(_is_of(hint, one) for one in self._interrupted):
             ended = self._close("new_series")

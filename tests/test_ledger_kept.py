@@ -119,6 +119,16 @@ def test_frames_that_the_archive_has_are_not_lost_though_the_ledger_was_not_told
     assert [again.frame("u", index) for index in (2, 3)] == ["published", "dropped at path: crash"]
 
 
+def test_a_frame_beyond_the_expected_number_stands_for_none_that_is_missing(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "ledger", expected=8)
+    for index in (*range(7), SPAN + 3):
+        ledger.received("u", index)
+    assert ledger.distinct("u") == 7
+    assert ledger.balance("u")["missing"] == 1
+    (account,) = Ledger(["archive"], killed(tmp_path / "ledger")).recall()
+    assert (account["received"], account["missing"]) == (8, 1)
+
+
 def test_an_interrupted_run_that_goes_on_keeps_its_losses_where_nothing_is_read_again(tmp_path: Path) -> None:
     ledger = opened(tmp_path / "ledger", expected=8)
     for index in range(4):

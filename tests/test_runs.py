@@ -188,3 +188,37 @@ def test_another_receiver_on_the_same_stream_is_known_by_its_gaps_and_said_once(
         for index in [*range(0, 120, 1), 125, 126, *range(130, 330, 2)]:
             hall.runs.frame(frame(index=index))
     assert [(line["event"].partition(":")[0], line["n"]) for line in said] == [("only every n-th frame comes", 2)]
+
+
+def test_after_a_restart_a_series_goes_on_in_the_run_that_it_had() -> None:
+    hall = Hall()
+    hall.runs.resume([RunStarted("before", "eiger", "A", 7.0, None, Detector())])
+    (opened,) = hall.runs.start(start("A"), again=True)
+    assert (opened.uid, opened.opened, opened.expected) == ("before", 7.0, 3)
+    hall.count = 1
+    assert hall.runs.frame(frame("A")) == []
+    ended, other = hall.runs.start(start("A"))
+    assert isinstance(ended, RunEnded)
+    assert (ended.uid, ended.reason) == ("before", "new_series")
+    assert isinstance(other, RunStarted)
+    assert other.uid != "before"
+
+
+def test_a_run_that_cannot_go_on_gives_its_start_to_the_one_that_the_next_frame_opens() -> None:
+    hall = Hall()
+    assert hall.runs.start(start("A"), again=True) == []
+    (opened,) = hall.runs.frame(frame("A", 7))
+    assert (opened.series, opened.detector.shape, opened.expected) == ("A", (4, 4), None)
+
+
+def test_a_run_that_goes_on_and_hears_nothing_is_interrupted() -> None:
+    hall = Hall()
+    for fresh, reason in ((False, "interrupted"), (True, "new_series")):
+        hall.runs.resume([RunStarted(f"before {fresh}", "eiger", "A", 7.0, None, Detector())])
+        hall.runs.start(start("A"), again=True)
+        hall.runs.frame(frame("A"), again=True)
+        if fresh:
+            hall.runs.frame(frame("A", 1))
+        ended, _ = hall.runs.start(start("B"))
+        assert isinstance(ended, RunEnded)
+        assert (ended.uid, ended.reason) == (f"before {fresh}", reason)

@@ -178,10 +178,10 @@ class _Hall:
         return read_run(folder)
 
     def closed(self) -> Mapping[str, Any]:
-        """The account of the newest run, once it is closed."""
+        """The account of the newest run, once its end has come: a restart first closes it as interrupted."""
         while True:
             accounts = read_ledger(self._place / "state" / "ledger").earlier()
-            if accounts and accounts[0]["closed"] is not None:
+            if accounts and accounts[0]["reason"] == "end":
                 return accounts[0]
             time.sleep(0.2)
 
