@@ -135,20 +135,20 @@ def _alarms() -> dict[str, Any]:
 
 
 def _links() -> list[dict[str, Any]]:
-    plain = {"icon": "external link", "tooltip": "", "tags": [], "asDropdown": False, "targetBlank": True}
+    """To the other dashboard, with the same daemon and time. The daemons' own pages are linked from each value: here there may be many."""
     return [
-        {**plain, "title": "Live page", "type": "link", "url": "http://${instance}/", "includeVars": False, "keepTime": False},
-        {**plain, "title": "Ledger", "type": "link", "url": "http://${instance}/ledger", "includeVars": False, "keepTime": False},
         {
-            **plain,
             "title": "streamprior",
             "type": "dashboards",
+            "icon": "external link",
+            "tooltip": "The other dashboard",
             "url": "",
             "tags": ["streamprior"],
+            "asDropdown": False,
+            "targetBlank": False,
             "includeVars": True,
             "keepTime": True,
-            "targetBlank": False,
-        },
+        }
     ]
 
 
@@ -167,6 +167,8 @@ def _laid_out(rows: Sequence[tuple[str, Sequence[Panel]]]) -> Iterator[dict[str,
 
 
 def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
+    # A coloured field says good or bad; a number that is neither has none.
+    plain = {"colorMode": "value"} if panel.kind == "stat" and panel.steps is NONE else {}
     return {
         "id": number,
         "type": panel.kind,
@@ -176,7 +178,7 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
         "gridPos": place,
         "targets": [_target(panel, letter, *ask) for letter, ask in zip("ABCDEF", panel.asks, strict=False)],
         "fieldConfig": {"defaults": _field(panel), "overrides": _dashed(panel.bands)},
-        "options": _OPTIONS[panel.kind],
+        "options": _OPTIONS[panel.kind] | plain,
     }
 
 

@@ -105,7 +105,9 @@ def test_the_dashboards_follow_the_schema_that_grafana_publishes(name: str) -> N
     wrong["panels"][1]["gridPos"]["h"] = "high"
     wrong["panels"][1]["fieldConfig"]["defaults"]["units"] = "s"
     wrong["panels"][2]["options"]["colorMode"] = "gaudy"
-    assert len([*strange(wrong, schema.Dashboard, name)]) == 3, "the check itself sees a wrong type, an unknown key and an unknown word"
+    wrong["panels"][3]["targets"][0]["exemplar"] = 1
+    wrong["templating"]["list"][1]["type"] = "guess"
+    assert len([*strange(wrong, schema.Dashboard, name)]) == 5, "the check itself sees wrong types, unknown keys and unknown words"
     assert DASHBOARDS[name]["schemaVersion"] == schema.Dashboard().schema_version
 
 
@@ -241,6 +243,9 @@ def test_what_the_dashboards_ask_of_a_mosaic_is_known_once_there_is_one(recorded
 
 def assert_every_question_has_an_answer(asked: RunningPrometheus) -> None:
     answers = {expression: asked.values(expression) for expression in expressions()}
+    for expression in answers:
+        for told in asked.ask("query", query=expression)["result"]:
+            assert told["metric"].get("instance"), f"{expression}: a click on it would lead nowhere"
     empty = {expression for expression, values in answers.items() if not values}
     assert empty == {one for one in answers if one.startswith("ALERTS")}, "on a quiet run no alert fires, and all else has data"
     unknown = {expression for expression, values in answers.items() if values and all(map(math.isnan, values))}
