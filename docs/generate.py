@@ -81,6 +81,7 @@ def example_meters() -> Meters:
     meters.watch(lambda: 0, lambda: 0, {"receive": lambda: 0})
     meters.watch_ledger(lambda: 0, lambda: True)
     meters.watch_path(lambda: False)
+    meters.watch_spool(lambda: 0, lambda: True)
     meters.watch_crew(lambda: 0, lambda: False, lambda: 0)
     return meters
 

@@ -115,6 +115,7 @@ def build(
     meters.build_info(
         version=__version__, prior=prior.content_hash, configuration=config.content_hash, device=device(config.compute.backend)
     )
+    meters.drift_limit.set(config.drift.limit)
     outboxes = _outboxes(config, ledger, meters, archive, [*live, page, Prometheus(meters)])
     room: MosaicRoom | None = None
     if config.recipe == "ptycho":

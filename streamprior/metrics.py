@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from streamprior.errors import WireError
@@ -70,6 +71,7 @@ class Meters:
         iou = Gauge("mask_iou", "Intersection over union of the newest mask.", ["class", "reference"], **ns)
         self._iou = {(name, reference): iou.labels(name, reference) for name in self.classes for reference in ("prior", "previous")}
         self._chi2 = Gauge("chi2", "chi2 of the newest reconstruction.", **ns)
+        self._chi2_floor = Gauge("chi2_floor", "What photon noise alone makes of the newest reconstruction's chi2.", **ns)
         self._class_distance = Gauge("class_distance", "Mean quantisation distance of the newest frame, PCA units.", **ns)
         self._prior_distance = Gauge("prior_distance", "Part of the newest frame that its nearest prototype leaves unexplained.", **ns)
         kept = Counter("arm_kept_total", "Frames by the start that was kept; none: not refined.", ["arm"], **ns)
@@ -77,6 +79,7 @@ class Meters:
         self._abstained = Counter("frames_abstained_total", "Frames that no prototype was near to.", **ns)
         score = Gauge("drift_score", "Deviation from the prior's baseline, in its standard deviations.", ["signal"], **ns)
         self._score = {signal: score.labels(signal) for signal in self.signals}
+        self.drift_limit = Gauge("drift_limit", "Drift score beyond which a signal counts as drifted (drift.limit).", **ns)
         alarm = Gauge("drift_alarm", "1 while the drift score is beyond its limit.", ["signal"], **ns)
         self._alarm = {signal: alarm.labels(signal) for signal in self.signals}
         self._mosaic_frames, self._mosaic = _mosaic_gauges(ns)
@@ -127,19 +130,22 @@ class Meters:
             self._kept[arm].inc(sum(result.arm == arm for result in results))
         self._abstained.inc(sum(bool(result.flags & Flag.ABSTAINED) for result in results))
         since: dict[str, list[float]] = {"classify": [], "refine": []}
+        through: dict[str, list[Result]] = {"classify": [], "refine": []}
         for result in results:
             for stage, at in result.clock:
                 if stage in since:
                     since[stage].append(_since_exposure(result, at))
-        self._latency.observe("mask", since["classify"])
-        self._latency.observe("reconstruction", since["refine"])
+                    through[stage].append(result)
+        self._latency.observe("mask", since["classify"], through["classify"])
+        self._latency.observe("reconstruction", since["refine"], through["refine"])
 
     def archived(self, results: Sequence[Result], at: float) -> None:
-        self._latency.observe("archive", [_since_exposure(result, at) for result in results])
+        self._latency.observe("archive", [_since_exposure(result, at) for result in results], results)
 
     def newest(self, result: Result) -> None:
         """The newest frame's numbers; drift scores in standard deviations of the prior's baseline."""
         self._chi2.set(result.chi2)
+        self._chi2_floor.set(result.chi2_floor)
         self._class_distance.set(result.class_distance)
         self._prior_distance.set(result.distance)
         for reference, values in (("prior", result.iou), ("previous", result.iou_previous)):
@@ -259,29 +265,43 @@ def _since_exposure(result: Result, at: float) -> float:
 class _Histogram(Collector):
     """A histogram that takes the values of a whole batch at once: prometheus_client's own takes a lock and a search for each.
 
-    values : of its one label, registered at start.
+    values : of its one label, registered at start. Where frames are given, the slowest of a batch is its bucket's exemplar: the frame
+    that a dashboard leads to, told to scrapers that ask for OpenMetrics.
     """
 
     def __init__(self, name: str, documentation: str, label: str, values: Iterable[str]) -> None:
         self._name, self._documentation, self._label = f"streamprior_{name}", documentation, label
         self._counts = {value: [0] * (len(_BUCKETS) + 1) for value in values}
         self._sums = dict.fromkeys(self._counts, 0.0)
+        self._slowest: dict[str, dict[int, Exemplar]] = {value: {} for value in self._counts}
         self._changing = threading.Lock()
 
-    def observe(self, value: str, observed: Sequence[float]) -> None:
+    def observe(self, value: str, observed: Sequence[float], frames: Sequence[Result] = ()) -> None:
         with self._changing:
             counts = self._counts[value]
             for one in observed:
                 counts[bisect_left(_BUCKETS, one)] += 1  # a value on a bound belongs to the bucket that ends there
             self._sums[value] += sum(observed)
+            if frames:
+                seconds = max(observed)
+                self._slowest[value][bisect_left(_BUCKETS, seconds)] = _exemplar(frames[observed.index(seconds)], seconds)
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._documentation, labels=[self._label])
         bounds = [*map(floatToGoString, (*_BUCKETS, math.inf))]
         with self._changing:
             for value, counts in self._counts.items():
-                family.add_metric([value], [*zip(bounds, accumulate(counts), strict=True)], self._sums[value])
+                told = self._slowest[value]
+                buckets: list[Any] = [
+                    (bound, count, told.get(i)) for i, (bound, count) in enumerate(zip(bounds, accumulate(counts), strict=True))
+                ]
+                family.add_metric([value], buckets, self._sums[value])
         yield family
+
+
+def _exemplar(result: Result, seconds: float) -> Exemplar:
+    """Of the result's name alone, which lets its arrays go. OpenMetrics allows 128 characters and a sender may choose a longer uid."""
+    return Exemplar({"run": result.run[:64], "frame": str(result.index)}, seconds, result.received)
 
 
 class _CountAtScrape(Collector):

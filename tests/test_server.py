@@ -192,6 +192,21 @@ def test_starts_and_abstentions_are_counted_and_the_distance_is_that_of_the_prot
     assert scraped()["streamprior_class_distance",] == 1.5
 
 
+def test_the_slowest_frame_of_a_batch_is_the_exemplar_of_its_latency_for_those_who_ask_for_one() -> None:
+    meters = Meters("eiger", ["classify"], ["archive"], NAMES, ["flux"])
+    batch = [replace(shown(), run="r" * 300, index=index, received=100.0 - wait) for index, wait in ((7, 0.3), (8, 0.4), (9, 0.05))]
+    meters.archived(batch, 100.0)
+    meters.thought([shown()])  # a batch that no stage has timed
+    text = meters.render("application/openmetrics-text; version=1.0.0")[0].decode()
+    told = [line for line in text.splitlines() if "# {" in line]
+    assert len(told) == 1
+    assert 'le="0.5",output="archive"' in told[0]
+    assert f'# {{frame="8",run="{"r" * 64}"}}' in told[0] or f'# {{run="{"r" * 64}",frame="8"}}' in told[0], (
+        "no scrape fails for a long uid"
+    )
+    assert "# {" not in meters.render("text/plain")[0].decode()
+
+
 def test_the_page_is_told_which_start_was_kept() -> None:
     page = LivePage(small_prior())
     for given, told in (
