@@ -33,6 +33,7 @@ from tests.builders import diffraction, small_prior
 from tests.test_path import House, Kept, Scripted, image, series
 
 START_S = 90
+PATIENCE_S = 600.0
 
 
 def free_port() -> int:
@@ -68,12 +69,17 @@ class Running:
         self.log: list[dict[str, Any]] = []
 
     def until(self, event: str) -> dict[str, Any]:
-        """Read the log up to an event; what came before stays in `log`."""
+        """Read the log up to an event; what came before stays in `log`. A daemon that does not say it in ten minutes is killed."""
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(json.loads(line))
-            if self.log[-1]["event"] == event:
-                return self.log[-1]
+        patience = threading.Timer(PATIENCE_S, self.process.kill)
+        patience.start()
+        try:
+            for line in self.process.stderr:
+                self.log.append(json.loads(line))
+                if self.log[-1]["event"] == event:
+                    return self.log[-1]
+        finally:
+            patience.cancel()
         raise AssertionError(f"the daemon ended before {event!r}: {self.log} {self.process.wait()}")
 
     def get(self, path: str) -> Any:
@@ -223,7 +229,10 @@ def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path)
     idle = SimpleNamespace(warm_up=lambda: None, start=lambda: None, stop=lambda: None, open=lambda: None, look=lambda: None, url="")
     codes: list[int] = []
     process = threading.Thread(
-        target=lambda: codes.append(run(Daemon(config, idle, house.ledger, source, None, house.path, idle, idle, {}, idle))), daemon=True
+        target=lambda: codes.append(
+            run(Daemon(config, idle, house.ledger, [source], house.path, idle, idle, {}, idle, lambda: None, None))
+        ),
+        daemon=True,
     )
     process.start()
     process.join(30)
