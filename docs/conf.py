@@ -12,9 +12,7 @@ release = version = __version__
 author = "the streamprior developers"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
 highlight_language = "none"  # an indented block may be YAML, shell, Python or a drawing
 
 autodoc_typehints = "none"  # the docstrings say shape, dtype and unit, which the hints cannot
