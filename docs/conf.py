@@ -35,6 +35,7 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
 }
+html_sidebars = {page: [] for page in ("index", "tutorial", "gallery", "changes")}  # they stand alone: nothing to list beside them
 copyright = "the streamprior developers, BSD-3-Clause"
 
 _NAMED = re.compile(r"^([A-Za-z_][\w, :]*?) : (.*)$")
