@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -64,27 +67,43 @@ class Terminal:
         return done.stdout
 
     @contextmanager
-    def left_open(self, beginning: str) -> Iterator[subprocess.Popen[str]]:
-        """What stays in the foreground of a terminal of its own, and is ended by Ctrl-C."""
+    def left_open(self, beginning: str) -> Iterator[Foreground]:
+        """What stays in the foreground of a terminal of its own, until it is told to leave."""
         process = subprocess.Popen(
             self.script(block(beginning)), env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        said: queue.Queue[str | None] = queue.Queue()
+        reader = threading.Thread(target=listen, args=(process, said))
+        reader.start()
         try:
-            yield process
+            yield Foreground(process, said)
         finally:
             process.terminate()
-            process.communicate(timeout=60)
+            process.wait(timeout=60)
+            reader.join()
 
 
-def until(process: subprocess.Popen[str], words: str) -> str:
-    """What it says up to these words."""
+class Foreground(NamedTuple):
+    process: subprocess.Popen[str]
+    said: queue.Queue[str | None]
+
+    def until(self, words: str) -> str:
+        """What it says up to these words."""
+        heard = ""
+        while (line := self.said.get(timeout=180)) is not None:
+            heard += line
+            if words in line:
+                return heard
+        raise AssertionError(f"it ended without {words!r}: {heard}")
+
+
+def listen(process: subprocess.Popen[str], said: queue.Queue[str | None]) -> None:
+    """Read on when nobody waits for a word: a full pipe would stop the program."""
     assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if words in line:
-            return said
-    raise AssertionError(f"it ended without {words!r}: {said}")
+    with process.stdout:
+        for line in process.stdout:
+            said.put(line)
+    said.put(None)
 
 
 def test_the_tutorial_installs_as_the_readme_does() -> None:
@@ -99,24 +118,24 @@ def test_every_block_of_the_tutorial_does_what_the_tutorial_says(tmp_path: Path)
     first.type("streamprior twin bragg")
     assert "core" in first.type("streamprior train")
     with first.left_open("tiled serve") as tiled:
-        until(tiled, "Uvicorn running")
+        tiled.until("Uvicorn running")
         assert "FAIL" not in first.type("cat > beamline.yaml")
         with first.left_open("streamprior run") as daemon:
-            until(daemon, " ready ")
+            daemon.until(" ready ")
             first.type("streamprior replay monday.cxi --to tcp://127.0.0.1:31001 --frames 1::2")
-            until(daemon, "run closed")
+            daemon.until("run closed")
             said = first.type("streamprior ledger\nstreamprior ledger --frame 17")
             assert "200 received = 200 published + 0 dropped + 0 quarantined + 0 in flight; 0 missing; balanced" in said
             assert re.search(r"frame 17 of run .*: published", said)
             first.type("cat > tuesday.yaml")
-            assert re.search(r"drift alarm .*frame=20[0-9] ", until(daemon, "run closed"))
+            assert re.search(r"drift alarm .*frame=20[0-9] ", daemon.until("run closed"))
             first.type("streamprior replay monday.cxi --to tcp://127.0.0.1:31001 --rate 5000")
-            until(daemon, "run closed")
+            daemon.until("run closed")
             assert "400 received = 400 published" in first.type("streamprior ledger\nstreamprior ledger --left-out")
             assert "in flight; 0 missing; balanced" in first.type("streamprior catchup")
             read = first.type("cat > read.py")
             assert "(400, 128, 128)" in read
             assert "prior_hash" in read
-            daemon.terminate()
-            assert "draining" in until(daemon, "draining")
-            assert daemon.wait(timeout=60) == 0
+            daemon.process.terminate()
+            assert "draining" in daemon.until("draining")
+            assert daemon.process.wait(timeout=60) == 0
