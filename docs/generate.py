@@ -40,6 +40,7 @@ def pages() -> dict[str, str]:
         "docs/mosaic.md": MADE.replace("the code", "measurements")
         + mosaic_page(ROOT / "docs" / "mosaic.md.in", max(RESULTS.glob("*-scans.jsonl"))),
         "docs/wires.md": MADE + wires_page(ROOT / "docs" / "wires.md.in"),
+        "docs/decisions/index.md": decisions_page(),
         "deploy/streamprior.yaml": config.example_yaml(),
     }
 
@@ -72,6 +73,15 @@ def metrics_page() -> str:
         f"\n## Why a frame is dropped\n\n{table(('stage', 'reason'), dropped)}"
         f"\n## Why a message is quarantined\n\n{table(('reason',), [(f'`{reason}`',) for reason in WireError.REASONS])}"
     )
+
+
+def decisions_page() -> str:
+    """The list of decisions: links for who reads the folder, and the site's order of pages."""
+    files = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
+    listed = "".join(f"* [{file.read_text().partition(chr(10))[0].removeprefix('# ')}]({file.name})\n" for file in files)
+    pages_in_order = "".join(f"{file.stem}\n" for file in files)
+    intro = "Choices that others may ask about: context, decision, consequences, and the measurement each rests on.\n"
+    return f"{MADE}# Decisions\n\n{intro}\n{listed}\n```{{toctree}}\n:hidden:\n\n{pages_in_order}```\n"
 
 
 def example_meters() -> Meters:
