@@ -60,8 +60,8 @@ def alarm_routes(book: AlarmBook, open_to_all: bool) -> list[Route]:
 
     return [
         Route("/alarms", alarms),
-        Route("/alarms/{signal}/acknowledge", guarded(acknowledge), methods=["POST"]),
-        Route("/alarms/{signal}/mute", guarded(mute), methods=["POST"]),
+        Route("/alarms/{signal:path}/acknowledge", guarded(acknowledge), methods=["POST"]),
+        Route("/alarms/{signal:path}/mute", guarded(mute), methods=["POST"]),
     ]
 
 

@@ -264,6 +264,8 @@ class AlarmBook:
     def _stand(self, alarm: Alarm) -> None:
         until = self._muted.get(alarm.signal)
         self._standing[alarm.signal] = replace(alarm, muted_until=until) if until is not None and until > alarm.raised else alarm
+        # At once: one batch may hold the frame that clears it, too.
+        self._announce(alarm.raised)
 
     def _announce(self, now: float) -> None:
         """Tell of every alarm that stands, once, and not while it is muted."""

@@ -80,6 +80,11 @@ def test_an_alarm_that_clears_is_kept_with_its_last_frame_beyond_the_limit(kept:
     assert [change.frame for change in kept.told] == [0, 5]
 
 
+def test_an_alarm_that_comes_and_goes_within_one_batch_is_told(kept: Kept) -> None:
+    kept.frames([6, 6, 6, 0], "0010")
+    assert kept.events() == [("raised", "flux"), ("cleared", "flux")]
+
+
 def test_an_empty_frame_neither_raises_nor_clears(kept: Kept) -> None:
     kept.frames([6, 6, 6], "001")
     kept.frames([math.nan] * 3, "000", flags=int(Flag.EMPTY))
