@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,10 +23,13 @@ from streamprior.prior import save_prior
 from streamprior.server import HttpServer, make_app
 from streamprior.sinks.archive import read_about, run_folders
 from streamprior.sinks.page import LivePage
+from streamprior.wire.dectris_v2 import encode_end
 from tests.builders import NAMES, diffraction, make_run, small_prior
-from tests.test_daemon import daemon
+from tests.test_daemon import Running, daemon
 from tests.test_drift import make_result
 from tests.test_path import series
+from tests.test_recovery import COUNT, Hall, kill, send
+from tests.test_recovery import hall as hall
 from tests.test_server import shown
 from tests.test_webhook import Receiver
 
@@ -221,3 +225,40 @@ def test_a_daemon_tells_of_a_beam_that_loses_half_its_flux_and_the_archive_keeps
     assert "streamprior_webhook_undelivered_total 0.0" in scraped
     assert TOKEN not in logged
     assert "s3cret" not in logged
+
+
+def test_an_alarm_outlives_a_kill_of_the_daemon_and_nobody_hears_of_it_twice(hall: Hall) -> None:
+    save_prior(small_prior(baselines={"flux": (19.5, 0.15)}), hall.folder / "prior.h5")
+    hall.frames[10:40] = diffraction(count=30, photons=1e4)
+    there = Receiver()
+    settings = {"recovery": hall.recovery(), "alarms": {"webhook": there.url}}
+    try:
+        with hall.daemon(**settings) as running:
+            send(running, [hall.start(), *hall.images(0, 20)])
+            raised = there.next()
+            assert CliRunner().invoke(app, ["alarms", "--url", url_of(running), "--acknowledge", "flux", "--by", "Ada"]).exit_code == 1
+            send(running, hall.images(20, 25))
+            settled(running, 25)
+            kill(running)
+        with hall.daemon(**settings) as running:
+            send(running, [*hall.images(25, COUNT), encode_end(1, "S1")])
+            running.until("run closed")
+            cleared = there.next()
+            assert running.leave()[0] == 0
+    finally:
+        there.close()
+    assert (raised["event"], raised["frame"]) == ("raised", 10)
+    assert (cleared["event"], cleared["frame"]) == ("cleared", 42)
+    (run,) = hall.runs()
+    (kept,) = run.about["alarms"]
+    assert (kept["first_frame"], kept["last_frame"], kept["acknowledged_by"], kept["raised"]) == (10, 39, "Ada", raised["at"])
+
+
+def url_of(running: Running) -> str:
+    return f"http://127.0.0.1:{running.http}"
+
+
+def settled(running: Running, count: int) -> None:
+    """Wait until so many frames are archived."""
+    while running.get("/status")["ledger"]["published"] < count:
+        time.sleep(0.01)
