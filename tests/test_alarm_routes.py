@@ -262,3 +262,20 @@ def settled(running: Running, count: int) -> None:
     """Wait until so many frames are archived."""
     while running.get("/status")["ledger"]["published"] < count:
         time.sleep(0.01)
+
+
+def test_a_disk_that_is_nearly_full_is_an_alarm_before_any_run(tmp_path: Path) -> None:
+    save_prior(small_prior(), tmp_path / "prior.h5")
+    there = Receiver()
+    try:
+        with daemon(tmp_path, alarms={"webhook": there.url}, archive={"short_mb": 2**40, "full_mb": 0}) as running:
+            body = there.next()
+            told = running.get("/alarms")
+            running.leave()
+    finally:
+        there.close()
+    assert (body["event"], body["signal"], body["run"], body["frame"]) == ("raised", "disk_short", None, None)
+    assert "nearly full: nothing is refined; free space on it" in body["text"]
+    assert body["page"] == f"http://127.0.0.1:{running.http}/"
+    assert ([one["signal"] for one in told["standing"]], told["run"]) == (["disk_short"], None)
+    assert {"flux", "ledger", "overload", "card", "disk_full", "sink_archive"} <= set(told["signals"])
