@@ -184,7 +184,7 @@ class AlarmBook:
         """What is wrong with the daemon at this moment: name -> sentence, empty where nothing is."""
         now = self._clock()
         with self._changing:
-            self._troubles |= found.keys()
+            self._troubles = self._troubles | found.keys()  # a new one: `names` goes through it in other threads
             for name, sentence in found.items():
                 alarm = self._standing.get(name)
                 if sentence and alarm is None:
