@@ -93,6 +93,7 @@ def example_meters() -> Meters:
     meters.watch_path(lambda: False)
     meters.watch_spool(lambda: 0, lambda: True)
     meters.watch_crew(lambda: 0, lambda: False, lambda: 0)
+    meters.watch_webhook(lambda: True, lambda: 0)
     return meters
 
 

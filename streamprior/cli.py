@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import http.client
 import json
 import os
@@ -664,16 +665,80 @@ def ledger(
 
 def _asked_of(url: str, token_file: Path | None, run: str | None, frame: int | None, left_out: bool) -> Any:
     """The daemon's answer."""
-    wanted = {"run": run, "frame": frame, "left_out": 1 if left_out else None}
+    return _answered(url, token_file, "/ledger", {"run": run, "frame": frame, "left_out": 1 if left_out else None})
+
+
+def _answered(url: str, token_file: Path | None, path: str, wanted: Mapping[str, Any], method: str = "GET") -> Any:
+    """What a daemon says; `wanted` without those that are None is the query."""
     query = urllib.parse.urlencode({key: value for key, value in wanted.items() if value is not None})
     try:
-        asked = urllib.request.Request(f"{url.rstrip('/')}/ledger?{query}", headers=_authorised(token_file))
+        asked = urllib.request.Request(f"{url.rstrip('/')}{path}?{query}", headers=_authorised(token_file), method=method)
         with urllib.request.urlopen(asked, timeout=10) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         _fail(_reason(error))
     except (OSError, ValueError, http.client.HTTPException) as error:
         _fail(f"no daemon answers at {url} ({error}); is it running, and is http.port the same?")
+
+
+@app.command()
+def alarms(
+    url: Annotated[str, typer.Option(help="Address of the daemon's HTTP port.")] = "http://127.0.0.1:9870",
+    run: Annotated[str | None, typer.Option(help="Uid of a run or the beginning of it: all alarms that it had.")] = None,
+    acknowledge: Annotated[str | None, typer.Option(metavar="SIGNAL", help="Say that its alarm was seen.")] = None,
+    mute: Annotated[
+        str | None,
+        typer.Option(metavar="SIGNAL", help="For --minutes its alarm holds up no plan and is sent to nobody; the page shows it."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="For how long; 0: no longer muted.")] = 30.0,
+    by: Annotated[str | None, typer.Option(help="Who acknowledges (default: the user's name).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of sentences.")] = False,
+    token_file: Annotated[Path | None, typer.Option(help="The daemon's token (default: $STREAMPRIOR_HTTP_TOKEN).")] = None,
+) -> None:
+    """The alarms that stand; acknowledge one, mute a signal. Exit 1 while one stands that is not muted.
+
+    Example: streamprior alarms --acknowledge flux
+    Example: streamprior alarms --mute centre_row --minutes 30
+    """
+    if acknowledge is not None:
+        _answered(url, token_file, f"/alarms/{urllib.parse.quote(acknowledge, '')}/acknowledge", {"by": by or _user()}, "POST")
+    if mute is not None:
+        _answered(url, token_file, f"/alarms/{urllib.parse.quote(mute, '')}/mute", {"minutes": minutes}, "POST")
+    found = _answered(url, token_file, "/alarms", {"run": run})
+    listed = found["standing"] if run is None else found["alarms"]
+    if as_json:
+        out.print_json(data=found)
+    else:
+        _print_alarms(listed, found)
+    loud = [one for one in listed if run is None and not (one["muted_until"] or 0) > found["at"]]
+    raise typer.Exit(1 if loud else 0)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return ""
+
+
+def _print_alarms(listed: Sequence[dict[str, Any]], found: Mapping[str, Any]) -> None:
+    """A line each, and one for what is muted without an alarm."""
+    for one in listed:
+        frames = "" if one["first_frame"] is None else f", from frame {one['first_frame']}"
+        frames += "" if one["last_frame"] is None else f" to {one['last_frame']}"
+        words = f"{one['cause']}{frames}, raised {_clock(one['raised'])}"
+        words += f", cleared {_clock(one['cleared'])}" if one["cleared"] is not None else ""
+        if one["acknowledged"] is not None:
+            words += f", acknowledged {_clock(one['acknowledged'])} by {one['acknowledged_by'] or 'somebody'}"
+        out.print(words, markup=False, highlight=False, soft_wrap=True)
+    if not listed:
+        out.print("no alarm stands" if "standing" in found else f"no alarm in run {found['run']}", markup=False, highlight=False)
+    for signal, until in found.get("muted", {}).items():
+        out.print(f"{signal} is muted until {_clock(until)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
 
 
 def _read_in(folder: Path, run: str | None, frame: int | None, left_out: bool) -> dict[str, Any]:

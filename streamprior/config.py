@@ -275,6 +275,20 @@ class DriftSettings(_Room):
     """Frames in a row beyond the limit before the alarm is raised."""
 
 
+class AlarmSettings(_Room):
+    """Who is told of alarms, besides the page, /metrics and Bluesky."""
+
+    webhook: str | None = None
+    """Address (http or https) that is sent a JSON message when an alarm is raised and when it is cleared; empty: nobody. Its path is kept
+    out of the log, as chat services put a secret there."""
+    webhook_token_file: Path | None = None
+    """File that holds a token, sent as `Authorization: Bearer TOKEN` with each message."""
+    page: str | None = None
+    """Address of the live page as those who get a message reach it; empty: as the daemon itself has it (http.host, http.port)."""
+    sink_down_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that a sink must be down before that is an alarm: a restart of Tiled should wake nobody."""
+
+
 class ComputeSettings(_Room):
     """The crew that runs the stages."""
 
@@ -408,6 +422,7 @@ class Config(BaseSettings):
     refine: RefineSettings = RefineSettings()
     mosaic: MosaicSettings = MosaicSettings()
     drift: DriftSettings = DriftSettings()
+    alarms: AlarmSettings = AlarmSettings()
     compute: ComputeSettings = ComputeSettings()
     queues: QueueSettings = QueueSettings()
     overload: OverloadSettings = OverloadSettings()

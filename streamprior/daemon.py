@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from streamprior import __version__
+from streamprior.alarms import AlarmBook, Change, archived
 from streamprior.arrays import check_backend
 from streamprior.config import Config, LogSettings, http_token, state_folder, tiled_api_key
 from streamprior.crew import ThreadCrew
@@ -51,8 +52,11 @@ from streamprior.sources.curve import key_files
 from streamprior.sources.files import AsRead, file_source, open_recording
 from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.spool import Spool
+from streamprior.stages.drift import baseline_means
 from streamprior.stages.prepare import check_shape
 from streamprior.stages.recipe import Recipe
+from streamprior.troubles import Look, TroubleWatch
+from streamprior.webhook import Webhook, address_of, message, webhook_token
 from streamprior.wire.dectris_v1 import StreamV1Decoder
 from streamprior.wire.dectris_v2 import StreamV2Decoder
 from streamprior.wire.ntnd import NtndDecoder
@@ -79,6 +83,8 @@ class Daemon:
     server: HttpServer
     go_on: Callable[[], None]
     spool: Spool | None
+    troubles: TroubleWatch
+    webhook: Webhook | None = None
     mosaic: MosaicRoom | None = None
 
     @property
@@ -106,7 +112,11 @@ def build(
         lambda short: ladder.hold("a nearly full disk", short),
     )
     provenance = _provenance(config, prior)
-    mirrors, archive, live = _sinks(config, prior, recipe, space, provenance)
+    webhook = _webhook(config, lambda: server.url)
+    book = AlarmBook(
+        baseline_means(prior), config.drift.limit, config.drift.patience, webhook.tell if webhook is not None else lambda change: None
+    )
+    mirrors, archive, live = _sinks(config, prior, recipe, space, provenance, book)
     ledger = Ledger((sink.name for sink in (archive, *live) if sink.complete), state_folder() / "ledger", rereads(config))
     spool = spool_of(config, frames.source, ledger)
     page = LivePage(prior)
@@ -145,7 +155,7 @@ def build(
         spare=replace(recipe, backend="cpu").stages if recipe.on_card else None,
         left_out=left_out,
     )
-    watches = [*recipe.watches(), *watches]
+    watches = [*recipe.watches(), book, *watches]
     pipeline = Pipeline(
         frames,
         joiner,
@@ -180,12 +190,18 @@ def build(
     if spool is not None:
         meters.watch_spool(lambda: spool.nbytes, lambda: not spool.failing)
 
+    meters.watch_webhook(lambda: webhook is None or webhook.up, lambda: webhook.undelivered if webhook is not None else 0)
+    ups = {outbox.sink.name: _up_of(outbox) for outbox in outboxes} | {name: _up_of(mirror) for name, mirror in mirrors.items()}
+    looks = _looks(config, ledger, space, meters, ups) | {
+        "card": Look(lambda: "the card has failed; frames are computed on the CPU until the daemon is restarted" if crew.card_lost else "")
+    }
+
     def ready() -> dict[str, bool]:
         state = {f"sink_{outbox.sink.name}": outbox.up for outbox in outboxes}
         state |= {"path": bool(pipeline.started and pipeline.failure is None)}
         return state | {name: mirror.up for name, mirror in mirrors.items()}
 
-    server = HttpServer(make_app(meters, ledger, page, ready, http_token(config.http)), config.http)
+    server = HttpServer(make_app(meters, ledger, page, ready, http_token(config.http), book), config.http)
     return Daemon(
         config,
         recipe,
@@ -198,6 +214,8 @@ def build(
         server,
         lambda: go_on(config, provenance, ledger, spool, pipeline, watches),
         spool,
+        TroubleWatch(book, looks),
+        webhook,
         room,
     )
 
@@ -225,6 +243,9 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
     gc.freeze()
     daemon.server.start()
     daemon.space.start()
+    daemon.troubles.start()
+    if daemon.webhook is not None:
+        daemon.webhook.start()
     try:
         for source in daemon.sources:
             source.open()
@@ -234,7 +255,10 @@ def run(daemon: Daemon, until: Callable[[], bool] = lambda: False) -> int:
         if daemon.spool is not None:
             daemon.spool.close(empty=drained and daemon.pipeline.failure is None)
     finally:
+        daemon.troubles.stop()
         daemon.space.stop()
+        if daemon.webhook is not None:
+            daemon.webhook.stop()
         daemon.server.stop()
     if daemon.pipeline.failure is not None or not daemon.ledger.is_balanced():
         return EXIT_OURS
@@ -384,7 +408,7 @@ def _outboxes(config: Config, ledger: Ledger, meters: Meters, archive: Archive, 
 
 
 def _sinks(
-    config: Config, prior: Prior, recipe: Recipe, space: SpaceWatch, provenance: Mapping[str, str]
+    config: Config, prior: Prior, recipe: Recipe, space: SpaceWatch, provenance: Mapping[str, str], book: AlarmBook
 ) -> tuple[dict[str, Mirror], Archive, list[Sink]]:
     """The archive, what mirrors it in Tiled where the configuration names one, and what shows the newest there."""
     mirrors: dict[str, Mirror] = {}
@@ -409,6 +433,7 @@ def _sinks(
         config.archive.chunk_frames,
         config.recipe != "ptycho",
         space,
+        lambda uid: archived(book, uid),
     )
     return mirrors, archive, live
 
@@ -426,6 +451,49 @@ def _mosaic(config: Config, prior: Prior, outboxes: Sequence[Outbox], hurry: Cal
     return MosaicRoom(
         prior, settings, first_probe(settings, own, shape), overlap_maker(shape, config.compute.backend), publish, hurry, meters.stage
     )
+
+
+def _webhook(config: Config, page: Callable[[], str]) -> Webhook | None:
+    """Who hears of alarms; None where nobody is named. page : address of our own. Raises ConfigError."""
+    settings = config.alarms
+    token = webhook_token(settings)
+    if settings.webhook is None:
+        return None
+
+    def compose(change: Change) -> dict[str, Any]:
+        return message(change, config.source.name, (settings.page or page()).rstrip("/"))
+
+    return Webhook(address_of(settings.webhook), token, compose)
+
+
+def _looks(config: Config, ledger: Ledger, space: SpaceWatch, meters: Meters, ups: Mapping[str, Callable[[], bool]]) -> dict[str, Look]:
+    """What is an alarm besides drift. ups : sink or mirror -> whether it takes what it is given."""
+
+    def residue() -> str:
+        frames = ledger.unaccounted()
+        return f"{frames} frames whose fate nobody knows: a fault of streamprior's, please report it with its log" if frames else ""
+
+    def overload() -> str:
+        level = meters.degradation_level
+        return f"overload: not every frame is classified (level {level}); slow the detector or add cores" if level > 1 else ""
+
+    full = f"the disk of {config.archive.folder} is full: nothing is archived; free space on it"
+    short = f"the disk of {config.archive.folder} is nearly full: nothing is refined; free space on it"
+    return {
+        "ledger": Look(residue),
+        "disk_short": Look(lambda: short if space.level else ""),
+        "disk_full": Look(lambda: full if space.level > 1 else ""),
+        "overload": Look(overload),
+        **{f"sink_{name}": Look(_down(name, up), config.alarms.sink_down_s) for name, up in ups.items()},
+    }
+
+
+def _down(name: str, up: Callable[[], bool]) -> Callable[[], str]:
+    return lambda: "" if up() else f"{name} takes no results; the log says why"
+
+
+def _up_of(room: Outbox | Mirror) -> Callable[[], bool]:
+    return lambda: room.up
 
 
 def _bytes_of(outbox: Outbox) -> Callable[[], int]:

@@ -208,6 +208,12 @@ class Meters:
         }
         self._gauges(told)
 
+    def watch_webhook(self, up: Callable[[], bool], undelivered: Callable[[], int]) -> None:
+        """Whether those who are to hear of alarms do, looked up when somebody scrapes; without a webhook everybody does."""
+        self._gauges({"webhook_up": ("1 while messages about alarms are taken, or none was sent; 0: the last try failed.", up)})
+        text = "Messages about alarms that were given up: refused, too old, or more than can wait."
+        self.registry.register(_CountAtScrape("webhook_undelivered", text, undelivered))
+
     def _gauges(self, told: _Told) -> None:
         for name, (text, value) in told.items():
             Gauge(name, text, namespace="streamprior", registry=self.registry).set_function(value)

@@ -11,7 +11,17 @@ from importlib.util import find_spec
 from starlette.applications import Starlette
 
 from streamprior.arrays import check_backend, cuda_missing
-from streamprior.config import Config, HttpSettings, PositionSettings, SourceSettings, http_token, is_loopback, state_folder, tiled_api_key
+from streamprior.config import (
+    AlarmSettings,
+    Config,
+    HttpSettings,
+    PositionSettings,
+    SourceSettings,
+    http_token,
+    is_loopback,
+    state_folder,
+    tiled_api_key,
+)
 from streamprior.errors import ConfigError, PriorError, SinkUnavailable
 from streamprior.mosaic.scan import check_trust, first_probe
 from streamprior.prior import load_prior
@@ -29,6 +39,7 @@ from streamprior.sources.zmq import ZmqPull, ZmqSubscribe
 from streamprior.stages.prepare import load_corrections
 from streamprior.stages.recipe import judges_chi2, plan_of
 from streamprior.tiled_api import probe
+from streamprior.webhook import address_of, webhook_token
 
 _WARNING = "warning: "
 
@@ -57,6 +68,7 @@ def inspect(config: Config) -> Iterator[Finding]:
         **({"positions": lambda: _positions(config)} if config.positions.x is not None else {}),
         "encryption": lambda: _encryption(config),
         "http": lambda: _http(config.http),
+        "alarms": lambda: _alarms(config.alarms),
         "archive": lambda: _archive(config),
         "tiled": lambda: _tiled(config),
         "state folder": _state,
@@ -207,6 +219,17 @@ def _http(settings: HttpSettings) -> str:
     server.listen()
     server.stop()
     return f"{settings.host}:{settings.port} is free, {'with a token' if token is not None else 'without a token'}"
+
+
+def _alarms(settings: AlarmSettings) -> str:
+    token = webhook_token(settings)
+    if settings.webhook is None:
+        return "shown on the page, in /metrics and to Bluesky; sent to nobody (alarms.webhook)"
+    address = address_of(settings.webhook)
+    told = f"each is sent to {address.place} when it is raised and when it is cleared, {'with' if token else 'without'} a token"
+    if token and not address.secure and not is_loopback(address.host):
+        return f"{_WARNING}{told} that the network sees; use https"
+    return f"{told}; whether it is taken there shows only in a run"
 
 
 def _archive(config: Config) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import structlog
 import zarr
 
+from streamprior.alarms import AlarmBook
 from streamprior.config import Config, state_folder
 from streamprior.errors import ConfigError
 from streamprior.ledger import Ledger, account_line
@@ -79,6 +80,8 @@ def go_on(
         for watch in watches:
             if isinstance(watch, DriftWatch):
                 _remind(watch, run.uid, archived_run(folder, run.uid))
+            elif isinstance(watch, AlarmBook):
+                _remind_of_alarms(watch, run.uid, archived_run(folder, run.uid))
     if spool is not None:
         pipeline.go_on(spool.recovered(), same)
 
@@ -103,3 +106,11 @@ def _remind(watch: DriftWatch, uid: str, archived: Path | None) -> None:
     rows = read_newest(archived / "frames", watch.patience) if archived is not None else []
     if archived is not None and rows:
         watch.resume(uid, np.asarray(zarr.open_array(archived / "classes", mode="r")[rows[-1]["index"]]), rows)
+
+
+def _remind_of_alarms(book: AlarmBook, uid: str, archived: Path | None) -> None:
+    """Tell the book of the alarms that the run had, and of those that were on in its last frame."""
+    rows = read_newest(archived / "frames", 1) if archived is not None else []
+    if archived is not None and rows:
+        on = [signal for signal in rows[-1]["alarms"].split(",") if signal]
+        book.resume(uid, read_about(archived).get("alarms", []), on)

@@ -1,4 +1,4 @@
-"""HTTP on one port: /metrics /healthz /readyz /ledger /status and the live page with its pictures, /live and /mosaic."""
+"""HTTP on one port: /metrics /healthz /readyz /ledger /alarms /status and the live page with its pictures, /live and /mosaic."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamprior import __version__
+from streamprior.alarm_routes import alarm_routes
+from streamprior.alarms import AlarmBook
 from streamprior.config import HttpSettings
 from streamprior.errors import ConfigError
 from streamprior.ledger import Ledger, answer
@@ -34,12 +36,15 @@ Health = Callable[[], Mapping[str, bool]]
 """What must be true for the daemon to be ready: name -> whether it is."""
 
 
-def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health, token: str | None = None) -> ASGIApp:
+def make_app(
+    meters: Meters, ledger: Ledger, page: LivePage, ready: Health, token: str | None = None, book: AlarmBook | None = None
+) -> ASGIApp:
     """The routes. Every handler is a plain function: Starlette runs it in a thread, so no request holds up another.
 
     token : that all but /metrics, /healthz and /readyz take, as `Authorization: Bearer TOKEN`; None asks for none. A browser is given it
-    once, as /?token=TOKEN, and gets a cookie.
+    once, as /?token=TOKEN, and gets a cookie. book : of the alarms; None where nobody keeps one.
     """
+    alarms = book or AlarmBook({})
 
     def metrics(request: Request) -> Response:
         text, content_type = meters.render(request.headers.get("accept", ""))
@@ -63,7 +68,7 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health, toke
             return JSONResponse({"error": f"no run {run or 'yet'}; /ledger lists those there are"}, 404)
 
     def status(request: Request) -> Response:
-        return JSONResponse(numbers_now(meters, ledger, page))
+        return JSONResponse(numbers_now(meters, ledger, page) | {"muted": _muted_of(page.newest, alarms)})
 
     def live(request: Request) -> Response:
         # A page asks for a mosaic when it hears of one here: most runs have none, and five requests a second in vain add up.
@@ -80,7 +85,7 @@ def make_app(meters: Meters, ledger: Ledger, page: LivePage, ready: Health, toke
 
     paths = {"/metrics": metrics, "/healthz": healthz, "/readyz": readyz, "/ledger": accounts, "/live": live, "/mosaic": mosaic}
     paths |= {"/status": status, "/": index, "/page_mosaic.js": script}
-    app = Starlette(routes=[Route(path, handler) for path, handler in paths.items()])
+    app = Starlette(routes=[Route(path, handler) for path, handler in paths.items()] + alarm_routes(alarms, token is None))
     return app if token is None else _guarded(app, token)
 
 
@@ -169,6 +174,12 @@ def _of_result(result: Result | None, meters: Meters) -> dict[str, Any]:
         "alarm": bool(alarms),
         "flags": [flag.name for flag in Flag if flags & flag],
     }
+
+
+def _muted_of(result: Result | None, book: AlarmBook) -> list[str]:
+    """Alarms of the newest frame that nobody is to be held up by."""
+    muted = book.muted()
+    return [signal for signal in result.alarms if signal in muted] if result is not None else []
 
 
 def _known(value: float | None) -> float | None:

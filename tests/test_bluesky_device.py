@@ -20,6 +20,7 @@ from bluesky.protocols import Readable, Stageable, Triggerable
 from ophyd.sim import NullStatus, motor
 from ophyd_async.core import NotConnectedError, init_devices, set_mock_value, soft_signal_rw
 
+from streamprior.alarms import AlarmBook
 from streamprior.bluesky import StreampriorDevice
 from streamprior.bluesky.numbers import Asker, NoAnswer, parse
 from streamprior.config import HttpSettings
@@ -41,6 +42,10 @@ class Beamline(Served):
     def __init__(self) -> None:
         super().__init__()
         self.opened: set[str] = set()
+        self.server.stop()
+        self.book = AlarmBook({"flux": 5.0})
+        self.server = HttpServer(make_app(self.meters, self.ledger, self.page, lambda: self.state, None, self.book), HttpSettings(port=0))
+        self.server.start()
 
     def receive(self, index: int, run: str = "run-1") -> None:
         if run not in self.opened:

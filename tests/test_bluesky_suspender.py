@@ -118,6 +118,19 @@ def test_the_point_of_the_alarm_is_taken_again_with_motors_of_ophyd_async(
     assert places == [0, 1, 2, 3]
 
 
+def test_a_muted_alarm_holds_up_nothing_and_one_beside_it_does(engine: RunEngine, beamline: Beamline, device: StreampriorDevice) -> None:
+    beamline.book.mute("flux", 30)
+    detector = Detector(beamline, device, lambda index: index >= 3)
+    with suspending(engine, device, retry_s=1000) as diary:
+        result = engine(bp.scan([detector], motor, 0, 1, 8))
+    assert result.exit_status == "success"
+    assert diary.lines == []
+    assert device.numbers is not None
+    assert (device.numbers.alarms, device.numbers.holding) == (("flux",), ())
+    both = Numbers("", alarms=("flux", "chi2"), muted=("flux",))
+    assert Trial(10.0, 3).holds(both, 0.0)
+
+
 def test_a_standing_alarm_is_tried_again_until_frames_are_good(engine: RunEngine, beamline: Beamline, device: StreampriorDevice) -> None:
     """The plan is what takes frames: while it is held up nothing can end the alarm."""
     detector = Detector(beamline, device, lambda index: 2 <= index < 9)

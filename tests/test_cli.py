@@ -31,7 +31,7 @@ from streamprior.wire.dectris_v2 import StreamV2Decoder
 from tests.builders import diffraction, small_prior
 from tests.test_daemon import free_port
 
-COMMANDS = ("demo", "run", "check", "replay", "twin", "train", "evaluate", "export", "ledger", "bench")
+COMMANDS = ("demo", "run", "check", "replay", "twin", "train", "evaluate", "export", "ledger", "alarms", "bench")
 
 
 @pytest.fixture(autouse=True)

@@ -228,12 +228,8 @@ def test_a_failed_room_ends_the_process_though_another_one_is_stuck(place: Path)
     config = Config(prior=place / "prior.h5", runs={"drain_s": 0.1})
     idle = SimpleNamespace(warm_up=lambda: None, start=lambda: None, stop=lambda: None, open=lambda: None, look=lambda: None, url="")
     codes: list[int] = []
-    process = threading.Thread(
-        target=lambda: codes.append(
-            run(Daemon(config, idle, house.ledger, [source], house.path, idle, idle, {}, idle, lambda: None, None))
-        ),
-        daemon=True,
-    )
+    whole = Daemon(config, idle, house.ledger, [source], house.path, idle, idle, {}, idle, lambda: None, None, idle)
+    process = threading.Thread(target=lambda: codes.append(run(whole)), daemon=True)
     process.start()
     process.join(30)
     ended_with = list(codes)

@@ -311,7 +311,18 @@ def look_without_and_with_a_token(running: Running) -> None:
     bare = urllib.request.build_opener()
     for path in ("/metrics", "/healthz"):
         assert code(bare, url + path) == 200
-    for path in ("/", "/status", "/ledger", "/live", "/mosaic", "/page_mosaic.js", "/nothing", f"/status?token={TOKEN}", "//metrics"):
+    for path in (
+        "/",
+        "/status",
+        "/ledger",
+        "/alarms",
+        "/live",
+        "/mosaic",
+        "/page_mosaic.js",
+        "/nothing",
+        f"/status?token={TOKEN}",
+        "//metrics",
+    ):
         assert code(bare, url + path) == 401, path
         assert code(bare, url + path, Authorization=f"Bearer {TOKEN}x") == 401, path
     assert code(bare, url + "/status", Authorization="Bearer \xe9\xff") == 401

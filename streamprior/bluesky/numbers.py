@@ -29,6 +29,7 @@ class Numbers:
     """What the daemon said of its newest frame and of its path; NaN, -1 and "" where it knows nothing yet.
 
     iou : class -> intersection over union with the prior's reference mask. score : signal -> standard deviations of the prior's baseline.
+    alarms : signals whose alarm stands. muted : those of them that nobody is to be held up by.
     received : frames since the daemon started. behind : frames of those that are not in these numbers yet.
     """
 
@@ -40,8 +41,14 @@ class Numbers:
     iou: Mapping[str, float] = field(default_factory=dict)
     score: Mapping[str, float] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
+    muted: tuple[str, ...] = ()
     received: int = 0
     behind: int = 0
+
+    @property
+    def holding(self) -> tuple[str, ...]:
+        """Signals whose alarm stands and is not muted: what a plan waits for."""
+        return tuple(signal for signal in self.alarms if signal not in self.muted)
 
     @property
     def mean_iou(self) -> float:
@@ -117,6 +124,7 @@ def parse(body: bytes, url: str) -> Numbers:
             iou={str(name): _number(values["prior"]) for name, values in said["iou"].items()},
             score={str(signal): _number(value) for signal, value in said["score"].items()},
             alarms=tuple(map(str, said["alarms"])),
+            muted=tuple(map(str, said.get("muted", ()))),  # earlier daemons mute nothing
             received=int(said["frames_received"]),
             behind=int(said["frames_behind"]),
         )

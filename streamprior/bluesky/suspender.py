@@ -13,7 +13,7 @@ from streamprior.bluesky.numbers import Numbers
 
 
 class DriftSuspender(SuspenderBase):  # type: ignore[misc] # bluesky has no types here
-    """Suspends the RunEngine while a drift alarm stands: `RE.install_suspender(DriftSuspender(device))`.
+    """Suspends the RunEngine while a drift alarm stands that is not muted: `RE.install_suspender(DriftSuspender(device))`.
 
     An alarm falls when good frames come, and a suspended plan takes none. So after `retry_s` without a new frame the plan goes on, from its
     last checkpoint; `retry_frames` frames later the alarm has fallen, or the plan is suspended again at once. Where the detector runs by
@@ -64,7 +64,7 @@ def justification(device: StreampriorDevice) -> str:
     numbers = device.numbers
     if not device.answers or numbers is None:
         return f"{device.name}: the daemon at {device.address} does not answer, so that nobody watches for drift; start it again"
-    signals = ", ".join(f"{signal} {numbers.score.get(signal, float('nan')):.1f} sigma" for signal in numbers.alarms)
+    signals = ", ".join(f"{signal} {numbers.score.get(signal, float('nan')):.1f} sigma" for signal in numbers.holding)
     return f"drift alarm: {signals} ({device.name}, frame {numbers.frame} of run {numbers.run})"
 
 
@@ -88,7 +88,7 @@ class Trial:
         came = self._came(numbers)
         if came or not self._standing:
             self._since = now
-        self._standing = bool(numbers.alarms)
+        self._standing = bool(numbers.holding)
         if not self._standing:
             self._let_through = 0
             return False

@@ -92,6 +92,7 @@ class Archive:
     chunk_frames : frames a chunk; the growing chunk is rewritten by each write, so a larger one costs more where frames are few.
     objects : False for a recipe that makes no object of a single frame; then there is no such array.
     space : looked at before results are written; None where nobody minds.
+    alarms : uid of a run -> what run.json tells of its alarms.
 
     A frame is archived once it has its row in the frames table: of frames that were given up on a full disk an image may be left without.
     """
@@ -109,6 +110,7 @@ class Archive:
         chunk_frames: int = 64,
         objects: bool = True,
         space: SpaceWatch | None = None,
+        alarms: Callable[[str], Mapping[str, Any]] = lambda uid: {},
     ) -> None:
         rows, columns = prior.object_box
         box = (rows.stop - rows.start, columns.stop - columns.start)
@@ -125,7 +127,7 @@ class Archive:
         self._ended: OrderedDict[str, Path] = OrderedDict()
         self._lock: IO[bytes] | None = None
         self._mark = b""
-        self._space = space
+        self._space, self._alarms = space, alarms
         self._frame_bytes = frame_bytes(prior, objects)
         self._failed: Sequence[Result] | None = (
             None  # results that a write could not store: the next call brings them again, or gives them up
@@ -173,7 +175,7 @@ class Archive:
             frames = FrameTable(folder / "frames", self._class_names, self._drift_columns)
             about = self._about(run) | {"frames": frames.rows, "extent": frames.extent}
             before = read_about(folder) if (folder / RUN_FILE).exists() else {}
-            about |= {"mosaic": before["mosaic"]} if "mosaic" in before else {}
+            about |= {key: before[key] for key in ("mosaic", "alarms", "alarms_left_out") if key in before}
             _replace_json(folder / RUN_FILE, about)
         self._runs[run.uid] = _Run(folder, arrays, frames, about)
         self._ended.pop(run.uid, None)
@@ -199,6 +201,10 @@ class Archive:
             by_run.setdefault(result.run, []).append(result)
         for uid, part in by_run.items():
             run = self._runs[uid]
+            alarms = self._alarms(uid)
+            if not alarms.items() <= run.about.items():
+                run.about |= alarms
+                run.constant = ""
             with self._disk(run.folder):
                 _store(run, part)
             self._growth(run.folder)
@@ -244,7 +250,8 @@ class Archive:
                 array.trim(ended.about["extent"])
             # A run that our own shutdown or a kill cut short is not complete, whatever reached the disk.
             status = "interrupted" if run.reason in ("shutdown", "interrupted") else "complete"
-            _replace_json(ended.folder / RUN_FILE, ended.about | {"status": status, "end_reason": run.reason, "closed": run.closed})
+            over = {"status": status, "end_reason": run.reason, "closed": run.closed}
+            _replace_json(ended.folder / RUN_FILE, {**ended.about, **self._alarms(run.uid), **over})
         del self._runs[run.uid]
         self._ended[run.uid] = ended.folder
         while len(self._ended) > ENDED_RUNS:

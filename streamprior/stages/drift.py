@@ -186,6 +186,12 @@ class DriftWatch:
         return tuple(signal for signal in score if signal in self._on)
 
 
+def baseline_means(prior: Prior) -> dict[str, float]:
+    """Signal -> mean of the prior's baseline, NaN where it has none; that of chi2 is over its floor."""
+    names = signals(prior.class_names)
+    return dict(zip(names, _baselines(prior, names)[0].tolist(), strict=True))
+
+
 def _baselines(prior: Prior, names: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and standard deviation of each signal; NaN without a baseline. One without spread still gives a finite score."""
     known = {**prior.baselines, "chi2": prior.baselines.get("chi2_over_floor"), "prior_distance": prior.baselines.get("distance")}
