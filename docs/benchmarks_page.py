@@ -79,8 +79,8 @@ UNITS = {
 """End of a key -> how its unit is written."""
 
 
-def benchmarks_page(results: Path) -> str:
-    """The page of one file that `streamprior bench --json` printed."""
+def benchmarks_page(results: Path, promises: Sequence[Path]) -> str:
+    """The page of one file that `streamprior bench --json` printed; and of those that the studies with a verdict printed."""
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     machine = next(line["machine"] for line in lines if "machine" in line)
     rows = {(line["benchmark"], line.get("what", "")): line for line in lines if "benchmark" in line}
@@ -97,7 +97,18 @@ def benchmarks_page(results: Path) -> str:
     for name in dict.fromkeys(line["benchmark"] for line in lines if "benchmark" in line):
         text.append(f"## {name}\n\n{_sentence(MEASURES.get(name, ''))}")
         text.extend(_tables([line for line in lines if line.get("benchmark") == name]))
+    told = [json.loads(line) for file in promises for line in file.read_text().splitlines()]
+    text.append(
+        "## Nothing lost\n\nOverload, kills and half an hour's soak, each with what it found and whether that is what is promised.\n"
+    )
+    text.append(table(("study", "", "found", "promise"), (_promise(line) for line in told if "benchmark" in line)))
     return "\n".join(text)
+
+
+def _promise(line: Row) -> Sequence[str]:
+    found = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "seed"}
+    words = ", ".join(f"{head(key)} {shown(key, value)}" for key, value in found.items())
+    return f"`{line['benchmark']}`", line["what"], words, line.get("verdict", "")
 
 
 def _sentence(words: str) -> str:

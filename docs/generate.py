@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 """Files that `streamprior bench --json` printed; those of `bench prior` end in -prior.jsonl, of `bench scans` in -scans.jsonl."""
 
+PROMISES = ("overload", "kills")
+"""Studies with a verdict, a file each."""
+
 MADE = "<!-- Made from the code by `python docs/generate.py`; edits here are overwritten. -->\n\n"
 
 
@@ -34,7 +37,8 @@ def pages() -> dict[str, str]:
         "docs/reference/settings.md": settings_page(),
         "docs/reference/metrics.md": metrics_page(),
         "docs/reference/cli.md": cli_page(),
-        "docs/benchmarks.md": MADE.replace("the code", "measurements") + benchmarks_page(newest_timed()),
+        "docs/benchmarks.md": MADE.replace("the code", "measurements")
+        + benchmarks_page(newest_timed(), [max(RESULTS.glob(f"*-{study}.jsonl")) for study in PROMISES]),
         "docs/prior.md": MADE.replace("the code", "measurements")
         + prior_page(ROOT / "docs" / "prior.md.in", max(RESULTS.glob("*-prior.jsonl"))),
         "docs/mosaic.md": MADE.replace("the code", "measurements")
@@ -99,7 +103,7 @@ def example_meters() -> Meters:
 
 def newest_timed() -> Path:
     """The newest measurement, and no study."""
-    studies = {file for study in ("prior", "scans", "overload") for file in RESULTS.glob(f"*-{study}.jsonl")}
+    studies = {file for study in ("prior", "scans", *PROMISES) for file in RESULTS.glob(f"*-{study}.jsonl")}
     return max(set(RESULTS.glob("*.jsonl")) - studies)
 
 

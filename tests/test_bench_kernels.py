@@ -159,7 +159,7 @@ def measured_rows() -> list[dict[str, Any]]:
 def page_of(folder: Path, lines: list[dict[str, Any]]) -> str:
     file = folder / "machine.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in [{"machine": MACHINE}, *lines]))
-    return benchmarks_page(file)
+    return benchmarks_page(file, [])
 
 
 def target(page: str, words: str) -> str:

@@ -111,6 +111,7 @@ def test_the_tutorial_installs_as_the_readme_does() -> None:
     assert TERMINAL.startswith(". .venv/bin/activate\n")
 
 
+@pytest.mark.long
 def test_every_block_of_the_tutorial_does_what_the_tutorial_says(tmp_path: Path) -> None:
     for library in ("minisom", "sklearn", "kneed"):
         pytest.importorskip(library, reason=f"{library} is not installed; it comes with the extra `train`")
