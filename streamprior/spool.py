@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -118,7 +119,7 @@ class Spool:
         self._segments: deque[_Segment] = deque()
         self._image_file: int | None = None
         self._head_file: int | None = None
-        self._head_bytes = 0
+        self._head_bytes = self._image_bytes = 0
         self._state: memoryview | None = None
         self._before = [-1, -1]  # decoded by the process before this one
         self._decoded, self._needed = [-1, -1], [0, 0]
@@ -135,7 +136,7 @@ class Spool:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return self._head_bytes + sum(segment.nbytes for segment in self._segments)
+        return self._head_bytes + self._image_bytes
 
     def open(self) -> list[RunStarted]:
         """See what an earlier process left; returns the runs that it had not closed, oldest first, without their detectors."""
@@ -257,8 +258,9 @@ class Spool:
             if self._state is not None:
                 self._state.release()
                 self._state = None
-        for path in [*self._folder.glob("*")] if empty else []:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is left is passed over by the next process: all of it has a fate
+            for path in [*self._folder.glob("*")] if empty else []:
+                path.unlink(missing_ok=True)
 
     def _map_state(self) -> None:
         path = self._folder / "state"
@@ -287,11 +289,12 @@ class Spool:
                 end = whole
                 if kind != _RUN:
                     newest = spooled.number
-                elif isinstance(spooled.message, bytes) and (told := json.loads(spooled.message))["first"] >= self._needed[0]:
+                elif (told := _told(spooled.message))["first"] >= self._needed[0]:
                     runs[told["run"]] = RunStarted(told["run"], told["source"], told["series"], told["opened"], None, Detector())
                     self._starts.add(told["first"])
             if path is not heads:
                 self._segments.append(_Segment(path, newest, end))
+                self._image_bytes += end
             elif path.exists():
                 os.truncate(path, end)
                 self._head_bytes = end
@@ -338,6 +341,7 @@ class Spool:
         newest = self._segments[-1]
         _append(self._image_file, images, newest.nbytes)
         newest.nbytes += nbytes
+        self._image_bytes += nbytes
         newest.last = self._number - 1
         if newest.nbytes >= _SEGMENT_BYTES:
             self._close_images()
@@ -348,7 +352,9 @@ class Spool:
             self._image_file = None
 
     def _drop_oldest(self) -> None:
-        self._segments.popleft().path.unlink(missing_ok=True)
+        oldest = self._segments.popleft()
+        self._image_bytes -= oldest.nbytes
+        oldest.path.unlink(missing_ok=True)
 
     def _cut_heads(self) -> None:
         """Write the heads anew without those that nobody needs. What a kill leaves of that is not looked at."""
@@ -359,7 +365,7 @@ class Spool:
         try:
             with new.open("wb") as file:
                 for kind, one, _ in _records(heads) if heads.exists() else ():
-                    first = json.loads(one.message)["first"] if kind == _RUN and isinstance(one.message, bytes) else one.number
+                    first = _told(one.message)["first"] if kind == _RUN else one.number
                     if first >= self._needed[one.wire]:
                         file.writelines(_record(kind, one.wire, one.at, one.number, one.message))
                 self._head_bytes = file.tell()
@@ -399,6 +405,15 @@ def _record(kind: int, wire: int, at: float, number: int, message: Message) -> l
         head = _RECORD.pack(_MAGIC, kind, wire, len(parts), at, number)
         return [head, *(_LENGTH.pack(len(part)) for part in parts), *parts]
     raise TypeError(f"{type(message).__name__} did not come off a wire")
+
+
+def _told(message: Message) -> dict[str, Any]:
+    """What the record of a run says; of one that a power cut has spoilt, that nobody needs it."""
+    try:
+        told = json.loads(message) if isinstance(message, bytes) else None
+    except ValueError:
+        told = None
+    return told if isinstance(told, dict) else {"first": -1}
 
 
 def _records(path: Path, bodies: bool = True) -> Iterator[tuple[int, Spooled, int]]:
