@@ -229,7 +229,7 @@ def _differing(run: ArchivedRun, reference: ArchivedRun) -> int:
             np.array_equal(run.classes[index], reference.classes[same])
             and np.array_equal(run.objects[index], reference.objects[same], equal_nan=True)
         )
-    after_gap = np.diff(indices, prepend=indices[0] - 1) != 1
+    after_gap = np.diff(indices, prepend=-1) != 1  # the first one of all, too, unless it is frame 0
     for name in set(rows) - _OF_TIME:
         if rows[name].dtype.kind == "f":
             differs = ~((rows[name] == told[name][place]) | (np.isnan(rows[name]) & np.isnan(told[name][place])))
