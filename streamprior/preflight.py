@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from starlette.applications import Starlette
 
@@ -232,14 +233,19 @@ def _alarms(settings: AlarmSettings) -> str:
     return f"{told}; whether it is taken there shows only in a run"
 
 
-def _archive(config: Config) -> str:
-    folder = config.archive.folder
+def _check_writable(folder: Path, setting: str) -> None:
+    """Make the folder where it is absent. Raises ConfigError, naming the setting, where nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"archive.folder: {folder} cannot be written ({error.strerror}); name another or change its owner") from None
+        raise ConfigError(f"{setting}: {folder} cannot be written ({error.strerror}); name another or change its owner") from None
+
+
+def _archive(config: Config) -> str:
+    folder = config.archive.folder
+    _check_writable(folder, "archive.folder")
     try:
         claim(folder).close()
     except SinkUnavailable as error:
@@ -298,12 +304,7 @@ def _recovery(config: Config) -> str:
     if config.source.kind == "pva":
         raise ConfigError("recovery.mode: complete keeps messages of a ZMQ socket, and source.kind is pva; set it to live")
     folder = spool_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"recovery.folder: {folder} cannot be written ({error.strerror}); name another or change its owner") from None
+    _check_writable(folder, "recovery.folder")
     free = shutil.disk_usage(folder).free
     if free < config.recovery.most_mb * 2**20:
         raise ConfigError(
